@@ -1,0 +1,3 @@
+from dmdtrain.cli import main
+
+main()

@@ -1,0 +1,153 @@
+"""The commands. No logic here; heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="dmdtrain",
+    help="Distils Wan 2.1 text-to-video into a student that needs 3 steps instead of 50 (distribution matching distillation).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Ckpt = Annotated[Path, typer.Option("--ckpt", help="A checkpoint folder, such as output/run/checkpoints/step-000200.")]
+Weights = Annotated[str, typer.Option(help="ema (the average) or raw; default: ema where the checkpoint has one.")]
+INPUT_ERROR, STOPPED, INTERRUPTED = 2, 1, 130
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A mistake of the user's ends in one line and exit code 2, never in a traceback."""
+    from dmdtrain.config import ConfigError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo(f"dmdtrain: {error}", err=True)
+        raise typer.Exit(INPUT_ERROR) from None
+    except KeyboardInterrupt:
+        typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _console():
+    import warnings
+
+    from rich.console import Console
+
+    # Chatter of libraries that says nothing about the user's run.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import logging
+
+    for name in ("bitsandbytes", "diffusers", "peft", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Console()
+
+
+@app.command()
+def fit(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/wan_tiny.yaml.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as train.max_steps=100.")] = None,
+    resume: Annotated[str, typer.Option(help="auto: the newest checkpoint of this run; never; or a checkpoint.")] = "auto",
+    max_steps: Annotated[int | None, typer.Option(help="The same as --set train.max_steps=N.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="The same as --set output_dir=DIR.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print everything, load no model.")] = False,
+) -> None:
+    """Train a student."""
+    with _one_line_errors():
+        from dmdtrain.config import load
+
+        overrides = list(set_ or [])
+        overrides += [] if max_steps is None else [f"train.max_steps={max_steps}"]
+        overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
+        checked = load(config, overrides)
+
+        from dmdtrain.train.trainer import TrainingStopped
+        from dmdtrain.train.trainer import fit as run_fit
+
+        try:
+            run_fit(checked, resume, _console(), dry_run=dry_run)
+        except TrainingStopped as error:
+            typer.echo(f"dmdtrain: {error}", err=True)
+            raise typer.Exit(STOPPED) from None
+
+
+@app.command()
+def validate(
+    ckpt: Ckpt,
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the run's validation prompts.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Timesteps, such as 1000,757,522; default: the trained ones.")] = None,
+    compare_teacher: Annotated[bool, typer.Option("--compare-teacher", help="Render the teacher beside it.")] = False,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 50,
+    count: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Prompt number i starts from seed + i.")] = None,
+    weights: Weights = "",
+    out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/validate/step-N.")] = None,
+) -> None:
+    """Render fixed prompts from fixed seeds: videos, a contact sheet, scores."""
+    with _one_line_errors():
+        from dmdtrain.train.commands import validate as run_validate
+
+        run_validate(
+            ckpt=ckpt,
+            prompts=prompts,
+            steps=steps,
+            compare_teacher=compare_teacher,
+            teacher_steps=teacher_steps,
+            count=count,
+            seed=seed,
+            weights=weights,
+            out=out,
+            console=_console(),
+        )
+
+
+@app.command()
+def generate(
+    ckpt: Ckpt,
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    out: Annotated[Path, typer.Option(help="The .mp4 to write.")],
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+    frames: Annotated[int | None, typer.Option(help="Video frames, 1 + 4k; default: as in validation.")] = None,
+    weights: Weights = "",
+) -> None:
+    """Make one video from a checkpoint."""
+    with _one_line_errors():
+        from dmdtrain.train.commands import generate as run_generate
+
+        run_generate(ckpt=ckpt, prompt=prompt, out=out, seed=seed, frames=frames, weights=weights, console=_console())
+
+
+@app.command("export-lora")
+def export_lora(
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="The .safetensors to write; a scheduler folder is put beside it.")],
+    file_format: Annotated[str, typer.Option("--format", help="diffusers or comfyui.")] = "diffusers",
+    weights: Weights = "",
+) -> None:
+    """Write the student's LoRA and the scheduler that samples it in the stock WanPipeline."""
+    with _one_line_errors():
+        from dmdtrain.train.commands import export_lora as run_export
+
+        run_export(ckpt=ckpt, out=out, file_format=file_format, weights=weights, console=_console())
+
+
+def main() -> None:
+    try:
+        app()
+    except BrokenPipeError:
+        sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,456 @@
+"""The configuration of a run: every key with its unit, range and meaning. Imports no torch.
+
+Unknown keys, wrong types and impossible combinations are refused here, each with one line that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
+VAE_TEMPORAL_FACTOR = 4  # of every Wan 2.1 codec; checked against the model's own config when it is loaded
+
+
+class ConfigError(Exception):
+    """A mistake of the user's, told in one line."""
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _join(steps: list[float]) -> str:
+    return ",".join(f"{s:g}" for s in steps)
+
+
+def check_num_frames(num_frames: int, key: str = "num_frames") -> None:
+    """Raises ValueError unless num_frames = 1 + 4k."""
+    if num_frames < 1 or (num_frames - 1) % VAE_TEMPORAL_FACTOR:
+        below = max(1, (num_frames - 1) // VAE_TEMPORAL_FACTOR * VAE_TEMPORAL_FACTOR + 1)
+        raise ValueError(
+            f"{key}: {num_frames} frames; valid are 1 + 4k, the nearest {below} and {below + VAE_TEMPORAL_FACTOR}"
+        )
+
+
+def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, key: str) -> tuple[int, int]:
+    """(height, width) in pixels.
+
+    WIDTHxHEIGHT is taken as it is and must be divisible by `multiple`; a number N gives about N x N pixels in the
+    aspect ratio, each edge rounded to the multiple.
+    """
+    text = str(resolution)
+    if match := re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text):
+        width, height = int(match[1]), int(match[2])
+        if height % multiple or width % multiple:
+            valid = [max(multiple, round(edge / multiple) * multiple) for edge in (width, height)]
+            raise ValueError(
+                f"{key}: {text}: both edges must be multiples of {multiple} for this model; "
+                f"the nearest is {valid[0]}x{valid[1]}"
+            )
+        return height, width
+    if re.fullmatch(r"[1-9]\d*", text):
+        wide, high = (int(part) for part in aspect_ratio.split(":"))
+        scale = int(text) / math.sqrt(wide * high)
+        height, width = (max(multiple, round(scale * edge / multiple) * multiple) for edge in (high, wide))
+        return height, width
+    raise ValueError(f"{key}: {text!r} is neither WIDTHxHEIGHT (such as 832x480) nor a number of pixels (480)")
+
+
+def _split_numbers(value: Any) -> Any:
+    """ "1000,757,522" -> a list, as the field writes it."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class Model(Group):
+    base: str = "wan-tiny"
+    """Diffusers folder, hub id (org/name), or `wan-tiny`, the built-in miniature."""
+    teacher: str | None = None
+    """Another teacher than the base (same latents and text encoder). None: the base itself."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Data type of frozen transformer weights (base and teacher). Adapters and trained weights have their own."""
+    text_encoder_precision: Literal["fp32", "bf16"] = "bf16"
+    """Data type of the text encoder, which runs once per prompt and is then freed."""
+    attention: str = "native"
+    """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ..."""
+    flow_shift: Positive | None = None
+    """Shift of the teacher's own sampling schedule. None: what the model folder's scheduler says."""
+
+
+class Student(Group):
+    kind: Literal["lora", "full"] = "lora"
+    """lora: an adapter on the frozen base. full: a trained copy of the base."""
+    rank: Count = 128
+    alpha: Positive = 128
+    """Adapter output is scaled by alpha / rank."""
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    """Linear layers that get an adapter, by the ends of their names."""
+
+
+class FakeScore(Group):
+    kind: Literal["lora", "full"] = "lora"
+    """As `student.kind`. It starts from the student's base, whoever the teacher is."""
+    rank: Count = 128
+    alpha: Positive = 128
+    lr: Positive = 1e-5
+    """Constant: the fake score follows the student and has no schedule."""
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    grad_clip: Positive = 1.0
+    """Largest norm of the fake score's gradient."""
+
+
+class Dmd(Group):
+    denoising_steps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], BeforeValidator(_split_numbers)] = [
+        1000,
+        757,
+        522,
+    ]
+    """Timesteps at which the student denoises, used as they are: they must descend and lie in (0, 1000]."""
+    warp_denoising_steps: bool = False
+    """Take denoising_steps through `model.flow_shift` first, as Self-Forcing's lists want it (1000/750/500/250 at 5)."""
+    generator_update_interval: Count = 1
+    """The student is updated at every Nth step, the fake score at every step."""
+    real_score_guidance_scale: NonNegative = 3.0
+    """Guidance of the teacher in standard form `uncond + w (cond - uncond)`. 0 or 1: off."""
+    fake_score_guidance_scale: NonNegative = 0.0
+    """Guidance of the fake score, same form. 0 or 1: off."""
+    min_timestep_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    max_timestep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.98
+    """Score timesteps are clamped to [1000 min, 1000 max], after the shift."""
+    timestep_shift: Positive = 1.0
+    """Shift of the score timesteps; above 1 towards high noise."""
+    ts_schedule: bool = True
+    """Bound score timesteps below by the timestep that the exit step denoises to."""
+    ts_schedule_max: bool = False
+    """Bound score timesteps above by the timestep that the exit step denoises from."""
+    min_score_timestep: Annotated[int, Field(ge=0, lt=1000)] = 0
+    """Lower bound of score timesteps (before the shift) where ts_schedule is off."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        steps = self.denoising_steps
+        if not 1 <= len(steps) <= 8:
+            raise ValueError(f"denoising_steps: {len(steps)} steps; valid are 1 to 8, such as 1000,757,522")
+        if any(b >= a for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"denoising_steps: {_join(steps)} must descend, such as 1000,757,522")
+        if self.min_timestep_ratio >= self.max_timestep_ratio:
+            raise ValueError(
+                f"min_timestep_ratio: {self.min_timestep_ratio} must be below max_timestep_ratio "
+                f"({self.max_timestep_ratio})"
+            )
+        for name in ("real_score_guidance_scale", "fake_score_guidance_scale"):
+            if 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is between 0 and 1; valid are 0 (off) and 1 or more")
+        return self
+
+
+class Rollout(Group):
+    causal: bool = False
+    """Generate block by block through a KV cache. False: the bidirectional student, one block of all frames."""
+    num_training_frames: Count = 21
+    """Latent frames of a training rollout. 21 latent frames are 81 video frames."""
+    num_frame_per_block: Count = 3
+    """Latent frames of a temporal block (causal students)."""
+    independent_first_frame: bool = False
+    """The first latent frame is a block of its own (causal students)."""
+    same_step_across_blocks: bool = False
+    """All blocks of a rollout leave at the same step (causal students)."""
+    last_step_only: bool = False
+    """Always leave at the last denoising step instead of a random one."""
+    context_noise: Annotated[float, Field(ge=0, le=1000)] = 0
+    """Timestep to which finished blocks are noised in the cache; 0: clean (causal students)."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.causal:
+            first = 1 if self.independent_first_frame else 0
+            if self.num_training_frames <= first or (self.num_training_frames - first) % self.num_frame_per_block:
+                rule = f"{'1 + ' if first else ''}a multiple of num_frame_per_block ({self.num_frame_per_block})"
+                raise ValueError(f"num_training_frames: {self.num_training_frames} latent frames; it must be {rule}")
+        return self
+
+
+class Data(Group):
+    prompts: str = "wan-tiny"
+    """Text file, one prompt a line; `wan-tiny`: the miniature's training captions."""
+    negative_prompt: str = ""
+    """What the unconditional passes of teacher and fake score are given."""
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of fake-score samples that are trained without their caption (for fake_score_guidance_scale)."""
+    resolution: int | str = "832x480"
+    """Training size in pixels: WIDTHxHEIGHT, or a number N for about N x N pixels in `aspect_ratio`."""
+    aspect_ratio: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = "16:9"
+    """width:height, where `resolution` is a number."""
+    max_sequence_length: Annotated[int, Field(ge=8, le=512)] = 512
+    """Text tokens, zero-padded. `WanPipeline` uses 512 unless told otherwise."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        parse_resolution(self.resolution, self.aspect_ratio, 1, key="resolution")
+        return self
+
+
+class Optimizer(Group):
+    name: Literal["adamw", "adamw_bf16", "adamw8bit"] = "adamw"
+    """adamw: float32 weights. adamw_bf16: bf16 weights with Kahan summation. adamw8bit: bitsandbytes. For both roles."""
+    lr: Positive = 2e-5
+    betas: Betas = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    grad_clip: Positive = 1.0
+    grad_clip_method: Literal["norm", "value"] = "norm"
+    """norm: scale the student's gradient to at most grad_clip; value: clamp every element to +- grad_clip."""
+
+
+class Schedule(Group):
+    name: Literal["constant", "linear", "cosine_with_min_lr"] = "constant"
+    """The student's learning rate after warm-up, over its own updates."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Student updates of linear warm-up."""
+    min_lr: NonNegative = 0.0
+    """Where linear and cosine_with_min_lr end."""
+
+
+class Train(Group):
+    max_steps: Count = 4000
+    """Steps; each updates the fake score, every generator_update_interval-th the student too."""
+    batch_size: Count = 1
+    """Videos in memory at once."""
+    gradient_accumulation: Count = 1
+    """Micro-batches per update: the update sees batch_size x gradient_accumulation videos, the same ones either way."""
+    gradient_checkpointing: bool = True
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Autocast of the transformer passes."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_bad_steps: Count = 10
+    """Consecutive steps with a non-finite loss or gradient (each is skipped and counted) after which the run stops."""
+
+
+class Ema(Group):
+    enabled: bool = True
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    every: Count = 1
+    """Student updates between two updates of the average."""
+    validate_with: Literal["ema", "raw", "both"] = "ema"
+
+
+class Checkpoint(Group):
+    every: Count = 200
+    """Steps. The last step is always saved."""
+    keep: Count = 3
+    """Checkpoints that stay; older ones are removed after a new one is complete."""
+
+
+class Validation(Group):
+    every: Annotated[int, Field(ge=0)] = 200
+    """Steps; 0: never."""
+    prompts: str | list[str] = "wan-tiny"
+    """Text file, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
+    count: Count = 8
+    """At most so many of them."""
+    num_frames: int = 81
+    """Video frames, 1 + 4k."""
+    resolution: int | str = "832x480"
+    """As `data.resolution`."""
+    steps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]] | None, BeforeValidator(_split_numbers)] = None
+    """Timesteps of the student in validation. None: dmd.denoising_steps."""
+    guidance_scale: NonNegative = 1.0
+    """Of the student, standard form; 0 or 1: off, as it was trained."""
+    negative_prompt: str = ""
+    """For a guidance_scale above 1, and for the teacher that --compare-teacher runs."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Prompt number i starts from seed + i."""
+    fps: Count = 16
+
+    @model_validator(mode="after")
+    def _check(self):
+        check_num_frames(self.num_frames)
+        parse_resolution(self.resolution, "16:9", 1, key="resolution")
+        if self.steps is not None and any(b >= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"steps: {_join(self.steps)} must descend, such as 1000,757,522")
+        return self
+
+
+class Log(Group):
+    every: Count = 1
+    """Steps between two lines of metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+
+
+class Config(Group):
+    model: Model = Model()
+    student: Student = Student()
+    fake_score: FakeScore = FakeScore()
+    dmd: Dmd = Dmd()
+    rollout: Rollout = Rollout()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    ema: Ema = Ema()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    log: Log = Log()
+    output_dir: str = "output/dmdtrain"
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.dmd.generator_update_interval > self.train.max_steps:
+            raise ValueError(
+                f"dmd.generator_update_interval: {self.dmd.generator_update_interval} is above train.max_steps "
+                f"({self.train.max_steps}): the student would never be updated"
+            )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optimizer.lr ({self.optimizer.lr})")
+        if not self.ema.enabled and self.ema.validate_with != "raw":
+            raise ValueError(
+                f"ema.validate_with: {self.ema.validate_with} needs ema.enabled: true; valid without it is raw"
+            )
+        return self
+
+    @property
+    def samples_per_update(self) -> int:
+        return self.train.batch_size * self.train.gradient_accumulation
+
+    @property
+    def student_updates(self) -> int:
+        """Student updates of the whole run."""
+        return self.train.max_steps // self.dmd.generator_update_interval
+
+
+# Keys that may change when a run goes on from its checkpoint: they do not touch what was trained so far.
+RESUMABLE = (
+    "train.max_steps",
+    "train.max_bad_steps",
+    "checkpoint",
+    "validation",
+    "log",
+    "ema.validate_with",
+    "model.attention",
+    "output_dir",
+)
+
+
+def nested_get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _groups() -> dict[str, type[Group]]:
+    return {n: f.annotation for n, f in Config.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Group)}  # fmt: skip
+
+
+def known_keys() -> list[str]:
+    """Every key, with dots."""
+    keys = []
+    groups = _groups()
+    for name in Config.model_fields:
+        keys += [f"{name}.{field}" for field in groups[name].model_fields] if name in groups else [name]
+    return keys
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error as `key: what it is; what would be valid`."""
+    where = [str(part) for part in error["loc"]]
+    key = ".".join(where)
+    value = error.get("input")
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        names = known_keys() + list(Config.model_fields)
+        near = difflib.get_close_matches(key, names, 1, 0.5)
+        if not near:  # the right name in the wrong group
+            near = [k for k in names if k.split(".")[-1] == where[-1]][:1]
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if kind == "value_error":
+        message = str(context["error"])
+        return f"{key}.{message}" if key and not message.startswith(f"{key}.") else message
+    wanted = {
+        "literal_error": f"valid are {str(context.get('expected', '')).replace(chr(39), '')}",
+        "greater_than": f"it must be above {context.get('gt')}",
+        "greater_than_equal": f"it must be at least {context.get('ge')}",
+        "less_than": f"it must be below {context.get('lt')}",
+        "less_than_equal": f"it must be at most {context.get('le')}",
+        "model_type": "it must be a group of keys",
+    }.get(kind, error["msg"][0].lower() + error["msg"][1:])
+    return f"{key}: {value!r}: {wanted}"
+
+
+def build(values: dict[str, Any], source: str = "config") -> Config:
+    """A checked `Config`, or ConfigError with one line for the first thing that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors()
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise ConfigError(f"{source}: {_describe(errors[0])}{more}") from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies `key=value` overrides (values are YAML)."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: it must hold groups of keys, such as model: and train:")
+    for override in overrides or []:
+        _apply(values, override)
+    return build(values, str(path))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {override}: it must be key=value, such as train.max_steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a group of keys")
+    values[last] = value
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Keys that differ and may not when a run goes on, each as `key: old -> new`."""
+    found = []
+    for key in known_keys():
+        if key in RESUMABLE or key.split(".")[0] in RESUMABLE:
+            continue
+        before, after = nested_get(old, key), nested_get(new, key)
+        if before != after:
+            found.append(f"{key}: {before!r} -> {after!r}")
+    # Under a decaying schedule the length of the run is part of every learning rate so far.
+    if new.schedule.name != "constant" and old.student_updates != new.student_updates:
+        found.append(f"train.max_steps: {old.train.max_steps} -> {new.train.max_steps} (the schedule depends on it)")
+    return found
+
+

@@ -1,0 +1,185 @@
+"""Teacher, student and fake score: adapters on one shared frozen base, or separate models; switching between them.
+
+A role is (module, adapter or None). Every role of a module runs through the same weights; what differs is which adapter
+its LoRA layers apply. The switch sets just that: `requires_grad` is fixed once and never touched again, and a gradient
+checkpoint carries the role of its forward, so that the recompute inside `backward` runs as the role that made it, whichever
+is active by then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+RoleName = Literal["teacher", "student", "fake_score"]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A LoRA adapter: output scaled by alpha / rank; `targets` are ends of module names."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Role:
+    module: nn.Module
+    adapter: str | None
+
+
+def _tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _activate(layers: list[BaseTunerLayer], adapter: str | None) -> None:
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+
+
+class Roles:
+    """The roles over their modules.
+
+    Args:
+        base: the student's base. Frozen; a role that is trained whole gets its own copy.
+        teacher: another teacher, or None for the base itself.
+        trained: "student" and, in training, "fake_score": an adapter on `base`, or None for a full copy in `full_dtype`.
+        adapter_dtype: of LoRA weights. init_lora_weights: False makes LoRA B random instead of zero (for tests).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        teacher: nn.Module | None = None,
+        trained: dict[str, AdapterSpec | None],
+        full_dtype: torch.dtype = torch.float32,
+        adapter_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        init_lora_weights: bool = True,
+    ):
+        # Copies first: they are copies of the bare base, without adapters.
+        copies = {name: copy.deepcopy(base).to(full_dtype) for name, spec in trained.items() if spec is None}
+        base.requires_grad_(False)
+        self.roles: dict[str, Role] = {"teacher": Role(base if teacher is None else teacher.requires_grad_(False), None)}
+        for name, spec in trained.items():
+            if spec is None:
+                self.roles[name] = Role(copies[name], None)
+            else:
+                add_adapter(base, name, spec, adapter_dtype, init_lora_weights)
+                self.roles[name] = Role(base, name)
+        # PEFT leaves only the newest adapter trainable. From here on nothing touches requires_grad.
+        for name in trained:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(True)
+        self._layers = {id(role.module): _tuner_layers(role.module) for role in self.roles.values()}
+        self._active: dict[int, str | None] = {}
+        for role in self.roles.values():
+            self._switch(role.module, None)
+            role.module.eval()
+            if gradient_checkpointing:
+                role.module.enable_gradient_checkpointing(self._checkpoint_of(role.module))  # type: ignore[operator]
+
+    def _switch(self, module: nn.Module, adapter: str | None) -> None:
+        if self._active.get(id(module), "") != adapter:
+            _activate(self._layers[id(module)], adapter)
+            self._active[id(module)] = adapter
+
+    @contextmanager
+    def active(self, module: nn.Module, adapter: str | None) -> Iterator[None]:
+        """Inside, `module` applies `adapter` (None: none at all); afterwards what it applied before."""
+        before = self._active[id(module)]
+        self._switch(module, adapter)
+        try:
+            yield
+        finally:
+            self._switch(module, before)
+
+    def _checkpoint_of(self, module: nn.Module) -> Any:
+        """A checkpoint function that re-enters the role of the forward. The role is captured in the closure: CUDA runs
+        backward on another thread."""
+
+        def checkpointed(block: Any, *args: Any) -> Any:
+            adapter = self._active[id(module)]
+
+            def run(*inputs: Any) -> Any:
+                with self.active(module, adapter):
+                    return block(*inputs)
+
+            return checkpoint(run, *args, use_reentrant=False)
+
+        return checkpointed
+
+    def flow(
+        self, name: RoleName, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        """Flow of a role. latents: [B, C, T, H, W], timestep: [B] in [0, 1000], context: [B, L, D] -> [B, C, T, H, W]."""
+        role = self.roles[name]
+        with self.active(role.module, role.adapter):
+            return role.module(latents, timestep, context, return_dict=False)[0]
+
+    def named_parameters(self, name: RoleName | str) -> dict[str, nn.Parameter]:
+        """What a role trains, by names that do not depend on which other roles share the module."""
+        role = self.roles[name]
+        if role.adapter is None:
+            return dict(role.module.named_parameters()) if name != "teacher" else {}
+        marker = f".{role.adapter}."
+        return {
+            key.replace(marker, "."): parameter
+            for key, parameter in role.module.named_parameters()
+            if marker in key and ".lora_" in key
+        }
+
+    def parameters(self, name: RoleName | str) -> list[nn.Parameter]:
+        return list(self.named_parameters(name).values())
+
+    @contextmanager
+    def weights(self, name: RoleName, values: dict[str, torch.Tensor] | None) -> Iterator[None]:
+        """Inside, the role's trained weights are `values` (None: unchanged); afterwards its own again, to the bit."""
+        own = self.named_parameters(name)
+        kept = {} if values is None else {key: p.detach().clone() for key, p in own.items()}
+        try:
+            if values is not None:
+                load_parameters(own, values)
+            yield
+        finally:
+            load_parameters(own, kept)
+
+
+@torch.no_grad()
+def load_parameters(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    """Copies `values` into the parameters of the same names."""
+    for key, value in values.items():
+        parameters[key].copy_(value)
+
+
+def add_adapter(
+    module: nn.Module, name: str, spec: AdapterSpec, dtype: torch.dtype, init_lora_weights: bool = True
+) -> None:
+    """A LoRA adapter on the matching linear layers.
+
+    Raises:
+        ValueError: no layer matches `spec.targets`.
+    """
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]
+        target_modules=list(spec.targets),
+        init_lora_weights=init_lora_weights,
+    )
+    inject_adapter_in_model(config, module, adapter_name=name)
+    for key, parameter in module.named_parameters():
+        if f".{name}." in key and ".lora_" in key:
+            parameter.data = parameter.data.to(dtype)

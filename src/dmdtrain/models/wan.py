@@ -1,0 +1,160 @@
+"""Wan 2.1 model folders in Diffusers format: finding, checking and loading their parts."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
+
+WAN_TINY = "wan-tiny"
+PARTS = {
+    "transformer": "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "UMT5EncoderModel",
+    "tokenizer": None,
+    "scheduler": None,
+}
+
+
+@dataclass(frozen=True)
+class WanFolder:
+    """A checked model folder and what its configs say; no weights are loaded."""
+
+    path: Path
+    name: str  # as the user wrote it
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @property
+    def latent_channels(self) -> int:
+        return self.transformer["in_channels"]
+
+    @property
+    def spatial_factor(self) -> int:
+        return self.vae.get("scale_factor_spatial", 8)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this: codec times patch, and what `WanPipeline` asks for."""
+        patch = self.transformer["patch_size"]
+        step = self.spatial_factor * max(patch[1], patch[2])
+        return step if step % 16 == 0 else 16
+
+    @property
+    def flow_shift(self) -> float:
+        """Shift of the folder's own sampling schedule."""
+        return self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0
+
+    def latent_shape(self, num_latent_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """[C, T, H, W] of a video's latents; height and width in pixels."""
+        return (self.latent_channels, num_latent_frames, height // self.spatial_factor, width // self.spatial_factor)
+
+
+def find_folder(name: str, key: str) -> WanFolder:
+    """The checked folder for a path, a hub id or `wan-tiny`.
+
+    Raises:
+        ConfigError: not found, not a Wan 2.1 text-to-video folder, or a part of it is missing or broken.
+    """
+    if name == WAN_TINY:
+        path = Path(str(files("dmdtrain") / "assets" / WAN_TINY))
+    else:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+                raise ConfigError(f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}")
+            path = _download(name, key)
+    _read_json(path / "model_index.json", name, key)
+    configs = {}
+    for part, wanted in PARTS.items():
+        file = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
+        configs[part] = _read_json(path / part / file, name, key)
+        found = configs[part].get("_class_name") or (configs[part].get("architectures") or [None])[0]
+        if wanted and found != wanted:
+            raise ConfigError(f"{key}: {name}: {part} is a {found}; it must be a {wanted}")
+    for part in ("transformer", "vae", "text_encoder"):
+        if not any((path / part).glob("*.safetensors")):
+            raise ConfigError(f"{key}: {name}: {part} holds no .safetensors weights")
+    transformer, vae = configs["transformer"], configs["vae"]
+    if transformer.get("image_dim") or transformer["in_channels"] != vae.get("z_dim", 16):
+        raise ConfigError(
+            f"{key}: {name}: not a text-to-video model (the transformer takes {transformer['in_channels']} channels, "
+            f"the codec makes {vae.get('z_dim', 16)})"
+        )
+    if vae.get("scale_factor_temporal", VAE_TEMPORAL_FACTOR) != VAE_TEMPORAL_FACTOR:
+        raise ConfigError(f"{key}: {name}: the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan 2.1")
+    return WanFolder(path, name, transformer, vae, configs["scheduler"])
+
+
+def _read_json(file: Path, name: str, key: str) -> dict[str, Any]:
+    part = file.relative_to(file.parents[1]) if file.name != "model_index.json" else file.name
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: {name}: {part} is missing; is it a Diffusers folder of Wan 2.1?") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {name}: {part} is broken: {error}") from None
+
+
+def _download(name: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub raises many kinds; all mean that the model can not be had
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}: {name}: no such folder here, and the hub did not give it: {reason}") from None
+
+
+def load_transformer(folder: WanFolder, dtype: Any, attention: str = "native") -> Any:
+    """A frozen `WanTransformer3DModel`; embedders, norms and modulation stay in float32 whatever `dtype`."""
+    from diffusers import WanTransformer3DModel
+
+    model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    try:
+        model.set_attention_backend(attention)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"model.attention: {attention}: {str(error).splitlines()[0]}") from None
+    return model.requires_grad_(False).eval()
+
+
+def load_vae(folder: WanFolder) -> Any:
+    """The codec in float32, frozen."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    return _loaded(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
+
+
+def load_text_encoder(folder: WanFolder, dtype: Any) -> tuple[Any, Any]:
+    """(tokenizer, frozen UMT5 encoder)."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
+    return AutoTokenizer.from_pretrained(folder.path / "tokenizer"), encoder.requires_grad_(False).eval()
+
+
+def load_scheduler(folder: WanFolder, shift: float | None = None) -> Any:
+    """The folder's own sampling scheduler, with another shift where one is given."""
+    import diffusers
+
+    cls = getattr(diffusers, folder.scheduler["_class_name"])
+    changes = {} if shift is None else {"flow_shift" if "flow_shift" in folder.scheduler else "shift": shift}
+    return cls.from_config(folder.scheduler | changes)
+
+
+def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(folder.path, subfolder=part, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"{folder.name}: {part} can not be loaded: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # safetensors' own error has no public base class
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ConfigError(f"{folder.name}: {part} holds broken weights: {error}") from None

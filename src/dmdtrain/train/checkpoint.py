@@ -1,0 +1,148 @@
+"""Checkpoints: written beside their name, synced, then renamed; a manifest holds a checksum of every file.
+
+A checkpoint is a folder of .safetensors and .json files; nothing in it is unpickled.
+
+    student.safetensors  fake_score.safetensors  ema.safetensors   trained weights alone
+    optimizer_student.safetensors/.json  optimizer_fake_score.safetensors/.json
+    random.safetensors   generators and the position in the prompts
+    state.json           step, student updates, counters
+    config.yaml          the resolved configuration
+    sampling.json        timesteps, sigmas, guidance convention, base model
+    manifest.json        format, step, SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmdtrain.config import ConfigError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [f for f in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name) and (f / MANIFEST).exists()]
+    return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_checkpoint(
+    root: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], keep: int
+) -> Path:
+    """Writes `step`'s checkpoint and then removes all but the newest `keep`.
+
+    Args:
+        tensors: file stem -> tensors. texts: file name -> content.
+    """
+    final = step_folder(root, step)
+    partial = root / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for stem, content in tensors.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, partial / f"{stem}.safetensors")
+    for name, text in texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    sums = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+    manifest = {"format": FORMAT, "step": step, "sha256": sums}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if final.exists():  # a resumed run comes by here again: the old one stays until the new one is complete
+        old = root / f".{final.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old)
+    else:
+        partial.rename(final)
+    _sync(root)
+    for stale in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(stale)
+    return final
+
+
+def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
+    """The manifest of a complete, undamaged checkpoint, or ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"{key}: {folder}: no such folder")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: {folder}: not a checkpoint ({MANIFEST} is missing)") from None
+    except ValueError:
+        raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken") from None
+    if manifest.get("format") != FORMAT:
+        raise ConfigError(f"{key}: {folder}: format {manifest.get('format')}; this version reads {FORMAT}")
+    for name, wanted in manifest["sha256"].items():
+        file = folder / name
+        if not file.exists():
+            raise ConfigError(f"{key}: {folder}: {name} is missing")
+        if sha256(file) != wanted:
+            raise ConfigError(f"{key}: {folder}: {name} is damaged (its checksum differs)")
+    return manifest
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{stem}.safetensors")
+
+
+def read_json(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """A nested state dict as named tensors and the rest as JSON, each tensor replaced by {"tensor": name}."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {"dict": [[key, walk(item, f"{path}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {type(value).__name__: [walk(item, f"{path}.{i}") for i, item in enumerate(value)]}
+        return {"value": value}
+
+    return tensors, walk(state, "state")
+
+
+def join_state(tensors: dict[str, torch.Tensor], tree: Any) -> Any:
+    """Undoes `split_state`."""
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: join_state(tensors, item) for key, item in content}
+    if kind in ("list", "tuple"):
+        items = [join_state(tensors, item) for item in content]
+        return items if kind == "list" else tuple(items)
+    return content

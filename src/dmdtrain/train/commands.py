@@ -1,0 +1,139 @@
+"""What the commands other than `fit` do with a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dmdtrain.config import ConfigError, build
+from dmdtrain.data.prompts import load_prompts
+from dmdtrain.export import stock_scheduler, write_lora
+from dmdtrain.train import setup
+from dmdtrain.train.validation import Renderer, write_mp4, write_samples
+
+
+def _pick_weights(ckpt: Path, weights: str) -> str:
+    return weights or ("ema" if (ckpt / "ema.safetensors").exists() else "raw")
+
+
+def _renderer(ckpt: Path, weights: str) -> tuple[setup.Run, Renderer]:
+    run = setup.load_run(ckpt)
+    device = setup.device_of_this_machine()
+    roles = setup.load_student(run, ckpt, weights, device)
+    mixed = run.config.train.mixed_precision == "bf16"
+    return run, Renderer(
+        run, roles, setup.text_cache(run, device), lambda: torch.autocast(device.type, torch.bfloat16, enabled=mixed)
+    )
+
+
+def _timesteps(text: str | None, run: setup.Run) -> list[float]:
+    """--steps, checked by the rules of validation.steps."""
+    if text is None:
+        return run.validation_timesteps
+    checked = build({"validation": {"steps": text}}, "--steps").validation.steps
+    assert checked is not None
+    return [float(t) for t in checked]
+
+
+def validate(
+    *,
+    ckpt: Path,
+    prompts: Path | None,
+    steps: str | None,
+    compare_teacher: bool,
+    teacher_steps: int,
+    count: int | None,
+    seed: int | None,
+    weights: str,
+    out: Path | None,
+    console: Console,
+) -> None:
+    run = setup.load_run(ckpt)
+    timesteps = _timesteps(steps, run)
+    settings = run.config.validation
+    texts = run.validation_prompts
+    if prompts is not None:
+        texts = load_prompts(str(prompts), "--prompts", held_out=True)
+    elif count is not None:
+        texts = load_prompts(settings.prompts, "validation.prompts", held_out=True)
+    texts = texts[:count]
+    seed = settings.seed if seed is None else seed
+    weights = _pick_weights(ckpt, weights)
+    folder = out or ckpt.parent.parent / "validate" / ckpt.name
+    if (folder / "results.json").exists() and out is not None:
+        raise ConfigError(f"--out: {out} already holds results; choose another folder")
+
+    run, renderer = _renderer(ckpt, weights)
+    shape = run.validation_latent_shape
+    columns, facts = {}, run.sampling() | {"checkpoint": str(ckpt), "weights": weights, "seed": seed}
+    facts |= {"timesteps": timesteps, "sigmas": [t / 1000 for t in timesteps], "seconds": {}}
+    if compare_teacher:
+        guidance = run.config.dmd.real_score_guidance_scale
+        name = f"teacher {teacher_steps} steps"
+        console.print(f"teacher: {len(texts)} videos in {teacher_steps} steps, guidance {guidance:g}", soft_wrap=True)
+        started = time.monotonic()
+        latents = renderer.teacher(texts, seed, shape, teacher_steps, guidance, settings.negative_prompt)
+        facts["seconds"][name] = round(time.monotonic() - started, 2)
+        columns[name] = renderer.decode(latents)
+    console.print(f"student ({weights}): {len(texts)} videos in {len(timesteps)} steps", soft_wrap=True)
+    started = time.monotonic()
+    latents = renderer.student(texts, seed, shape, timesteps, settings.guidance_scale, settings.negative_prompt)
+    facts["seconds"]["student"] = round(time.monotonic() - started, 2)
+    columns["student"] = renderer.decode(latents)
+    results = write_samples(folder, columns, texts, facts, settings.fps)
+    for name, scores in results["scores"].items():
+        console.print(f"{name}: right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()), soft_wrap=True)
+    console.print(f"videos and numbers: {folder}\ncontact sheet:      {folder / 'contact_sheet.png'}", soft_wrap=True)
+
+
+def generate(*, ckpt: Path, prompt: str, out: Path, seed: int, frames: int | None, weights: str, console: Console) -> None:
+    if out.suffix != ".mp4":
+        raise ConfigError(f"--out: {out}: the name must end in .mp4")
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists; choose another name")
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    run = setup.load_run(ckpt)
+    try:
+        latent_frames = setup.latent_frames(run.config.validation.num_frames if frames is None else frames)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("num_frames", "--frames", 1)) from None
+    run, renderer = _renderer(ckpt, _pick_weights(ckpt, weights))
+    channels, _, height, width = run.validation_latent_shape
+    settings = run.config.validation
+    shape = (channels, latent_frames, height, width)
+    latents = renderer.student(
+        [prompt], seed, shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, renderer.decode(latents)[0], settings.fps)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, console: Console) -> None:
+    run = setup.load_run(ckpt)
+    student = run.config.student
+    if student.kind != "lora":
+        raise ConfigError(f"--ckpt: {ckpt}: its student was trained whole (student.kind: full); it has no LoRA")
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out: {out}: the name must end in .safetensors")
+    scheduler_folder = out.with_name(f"{out.stem}_scheduler")
+    if scheduler_folder.exists():
+        raise ConfigError(f"--out: {scheduler_folder} exists; choose another name")
+    values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
+    write_lora(out, values, student.alpha / student.rank, file_format, run.sampling())
+    console.print(f"wrote {out}", soft_wrap=True)
+    scheduler = stock_scheduler(run.timesteps)
+    listed = ", ".join(f"{t:g}" for t in run.timesteps)
+    if scheduler is None:
+        console.print(f"no stock scheduler configuration gives the timesteps {listed}: none was written", soft_wrap=True)
+        return
+    scheduler.save_pretrained(scheduler_folder)
+    console.print(
+        f"wrote {scheduler_folder}: with it WanPipeline samples at {listed} "
+        f"(num_inference_steps={len(run.timesteps)}, guidance_scale=1.0)",
+        soft_wrap=True,
+    )

@@ -1,0 +1,26 @@
+"""Exponential moving average of the student's trained weights."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Ema:
+    """Float32 average, updated at every `every`-th student update. `weights` are by the names of `parameters`."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, every: int):
+        self.decay, self.every = decay, every
+        self._parameters = parameters
+        self.weights = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, student_update: int) -> None:
+        """student_update: number of student updates done so far, from 1."""
+        if student_update % self.every:
+            return
+        new = [p.detach().float() for p in self._parameters.values()]
+        torch._foreach_lerp_(list(self.weights.values()), new, 1 - self.decay)
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, value in self.weights.items():
+            value.copy_(weights[name])

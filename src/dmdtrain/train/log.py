@@ -1,0 +1,119 @@
+"""Metrics: metrics.jsonl, TensorBoard and the live progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """One JSON line per logged step, and the same numbers in TensorBoard. A resumed run drops what lies after its step."""
+
+    def __init__(self, output_dir: Path, first_step: int, tensorboard: bool):
+        self._path = output_dir / METRICS
+        self._drop_after(first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+
+    def _drop_after(self, step: int) -> None:
+        """Lines of steps that will run again; a line that a kill cut short goes too."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self._path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def videos(self, step: int, name: str, gifs: list[bytes], size: tuple[int, int]) -> None:
+        """Animated GIFs as TensorBoard images; size: (height, width)."""
+        if self._writer is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(
+                tag=f"{name}/{i}",
+                image=Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=gif),
+            )
+            for i, gif in enumerate(gifs)
+        ]
+        self._writer.file_writer.add_summary(Summary(value=values), step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Live:
+    """The progress line: a bar on a terminal, a line at most every ten seconds elsewhere."""
+
+    def __init__(self, total: int, done: int, console: Console):
+        self._console, self._total = console, total
+        self._recent: deque[float] = deque(maxlen=50)
+        self._printed = self._last = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("fit", total=total, completed=done, text="")
+
+    def __enter__(self) -> Live:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def restart_clock(self) -> None:
+        """After validation or a checkpoint, which are not step time."""
+        self._last = time.monotonic()
+
+    def step(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        self._recent.append(now - self._last)
+        self._last = now
+        seconds = sum(self._recent) / len(self._recent)
+        text = f"{text} {seconds:.2f} s/step"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._printed > 10 or step == self._total:
+            left = int(seconds * (self._total - step))
+            self._console.print(
+                f"step {step}/{self._total}  {text}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", soft_wrap=True
+            )
+            self._printed = now

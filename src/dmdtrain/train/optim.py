@@ -1,0 +1,75 @@
+"""Optimizers, learning-rate schedules and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dmdtrain.config import ConfigError
+
+
+def trained_dtype(name: str) -> torch.dtype:
+    """Data type of trained weights under an optimizer."""
+    return torch.bfloat16 if name == "adamw_bf16" else torch.float32
+
+
+def build_optimizer(
+    name: str,
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """An optimizer by its name in the configuration.
+
+    adamw: PyTorch's. adamw_bf16: optimi's AdamW for bf16 weights; Kahan summation keeps what rounding would lose and,
+    unlike stochastic rounding, needs no randomness. adamw8bit: bitsandbytes', with 8-bit moments.
+    """
+    parameters = list(parameters)
+    options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **options, fused=True)
+    if name == "adamw_bf16":
+        import optimi
+
+        return optimi.AdamW(parameters, **options, kahan_sum=True)
+    if name == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    raise ConfigError(f"optimizer.name: {name}: valid are adamw, adamw_bf16, adamw8bit")
+
+
+def learning_rate(update: int, total: int, *, peak: float, name: str, warmup_steps: int, min_lr: float) -> float:
+    """Learning rate of student update number `update` (from 0) of `total`."""
+    if update < warmup_steps:
+        return peak * (update + 1) / (warmup_steps + 1)
+    if name == "constant":
+        return peak
+    progress = min(1.0, (update - warmup_steps) / max(1, total - warmup_steps))
+    if name == "linear":
+        return peak + (min_lr - peak) * progress
+    if name == "cosine_with_min_lr":
+        return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    raise ConfigError(f"schedule.name: {name}: valid are constant, linear, cosine_with_min_lr")
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter], limit: float, method: str) -> torch.Tensor:
+    """Clips in place and returns the gradient norm from before, a scalar.
+
+    method "norm": scale all to a norm of at most `limit`. "value": clamp each element to [-limit, limit].
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if method == "norm":
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    elif method == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    else:
+        raise ConfigError(f"optimizer.grad_clip_method: {method}: valid are norm, value")
+    return norm

@@ -1,0 +1,217 @@
+"""From a configuration to a run: everything is resolved and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmdtrain import config as configuration
+from dmdtrain.config import Config, ConfigError, check_num_frames, parse_resolution
+from dmdtrain.data.prompts import load_prompts
+from dmdtrain.flow import shift_timestep, sigma_from_timestep
+from dmdtrain.models.encode import TextCache
+from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
+from dmdtrain.models.wan import WanFolder, find_folder, load_transformer
+from dmdtrain.rollout import BlockLayout
+from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train.optim import trained_dtype
+
+GUIDANCE_CONVENTION = "uncond + w (cond - uncond)"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked configuration with everything that follows from it."""
+
+    config: Config
+    base: WanFolder
+    teacher: WanFolder
+    prompts: list[str]
+    validation_prompts: list[str]
+    timesteps: list[float]
+    validation_timesteps: list[float]
+    layout: BlockLayout
+    latent_shape: tuple[int, int, int, int]  # [C, T, H, W] of a training video
+    validation_latent_shape: tuple[int, int, int, int]
+
+    @property
+    def flow_shift(self) -> float:
+        """Shift of the teacher's own sampling schedule."""
+        return self.config.model.flow_shift or self.teacher.flow_shift
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def sampling(self) -> dict[str, Any]:
+        """What is needed to sample the student; stored with every artefact."""
+        return {
+            "base_model": self.base.name,
+            "timesteps": self.timesteps,
+            "sigmas": [sigma_from_timestep(t) for t in self.timesteps],
+            "sampler": "x0 prediction, then fresh noise to the next timestep",
+            "guidance_scale": 1.0,
+            "guidance_convention": GUIDANCE_CONVENTION,
+            "causal": self.config.rollout.causal,
+            "max_sequence_length": self.config.data.max_sequence_length,
+        }
+
+
+def resolve(config: Config) -> Run:
+    """Checks what the configuration alone can not: model folders, prompts, sizes that depend on the model.
+
+    Raises:
+        ConfigError: with the key, what it is and what would be valid.
+    """
+    if config.rollout.causal:
+        raise ConfigError(
+            "rollout.causal: true: causal students can not be trained by this version yet; "
+            "valid is false (a bidirectional student)"
+        )
+    base = find_folder(config.model.base, "model.base")
+    teacher = base if config.model.teacher is None else find_folder(config.model.teacher, "model.teacher")
+    for name in ("in_channels", "out_channels", "text_dim"):
+        if base.transformer.get(name) != teacher.transformer.get(name):
+            raise ConfigError(
+                f"model.teacher: {teacher.name}: {name} is {teacher.transformer.get(name)}, "
+                f"the base has {base.transformer.get(name)}; they must agree"
+            )
+    rope = base.transformer.get("rope_max_seq_len", 1024)
+    frames = config.rollout.num_training_frames
+    if frames > rope:
+        raise ConfigError(f"rollout.num_training_frames: {frames}: the model has positions for {rope} latent frames")
+    try:
+        size = parse_resolution(
+            config.data.resolution, config.data.aspect_ratio, base.size_multiple, key="data.resolution"
+        )
+        validation_size = parse_resolution(
+            config.validation.resolution, config.data.aspect_ratio, base.size_multiple, key="validation.resolution"
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    shift = config.model.flow_shift or teacher.flow_shift
+    timesteps = resolve_timesteps(config.dmd.denoising_steps, shift if config.dmd.warp_denoising_steps else 1.0)
+    validation_prompts = load_prompts(config.validation.prompts, "validation.prompts", held_out=True)
+    return Run(
+        config=config,
+        base=base,
+        teacher=teacher,
+        prompts=load_prompts(config.data.prompts, "data.prompts", held_out=False),
+        validation_prompts=validation_prompts[: config.validation.count],
+        timesteps=timesteps,
+        validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
+        layout=BlockLayout.single(frames),
+        latent_shape=base.latent_shape(frames, *size),
+        validation_latent_shape=base.latent_shape(latent_frames(config.validation.num_frames), *validation_size),
+    )
+
+
+def resolve_timesteps(steps: list[float], shift: float) -> list[float]:
+    """The denoising list through a shift; 1 leaves it as it is."""
+    return [float(t) if shift == 1 else shift_timestep(float(t), shift) for t in steps]
+
+
+def latent_frames(num_frames: int) -> int:
+    """Latent frames of `num_frames` = 1 + 4k video frames."""
+    check_num_frames(num_frames)
+    return 1 + (num_frames - 1) // configuration.VAE_TEMPORAL_FACTOR
+
+
+def device_of_this_machine() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
+    """Loads the models and builds the roles, those in `trained` beside the teacher."""
+    config = run.config
+    dtype = DTYPES[config.model.precision]
+    base = load_transformer(run.base, dtype, config.model.attention).to(device)
+    teacher = None
+    if run.teacher.path != run.base.path:
+        teacher = load_transformer(run.teacher, dtype, config.model.attention).to(device)
+    weights = trained_dtype(config.optimizer.name)
+    targets = tuple(config.student.targets)
+    settings = {"student": config.student, "fake_score": config.fake_score}
+    specs = {n: AdapterSpec(s.rank, s.alpha, targets) if s.kind == "lora" else None for n, s in settings.items()}
+    # Adapters draw their first values from the global generator: seed it here, and nowhere else.
+    torch.manual_seed(config.train.seed)
+    try:
+        return Roles(
+            base,
+            teacher=teacher,
+            trained={n: specs[n] for n in trained},
+            full_dtype=weights,
+            adapter_dtype=weights,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        )
+    except ValueError as error:  # PEFT: no layer matches
+        raise ConfigError(f"student.targets: {', '.join(targets)}: {str(error).splitlines()[0]}") from None
+
+
+def text_cache(run: Run, device: torch.device) -> TextCache:
+    config = run.config
+    dtype = DTYPES[config.model.text_encoder_precision]
+    return TextCache(run.base, run.output_dir / "cache" / "text", config.data.max_sequence_length, dtype, device)
+
+
+def load_run(ckpt: Path) -> Run:
+    """The run that a checkpoint belongs to."""
+    checkpoints.check_checkpoint(ckpt, "--ckpt")
+    return resolve(configuration.load(ckpt / "config.yaml"))
+
+
+def student_weights(ckpt: Path, weights: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's student, `ema` or `raw`."""
+    if weights == "raw":
+        return checkpoints.read_tensors(ckpt, "student")
+    if weights == "ema":
+        if not (ckpt / "ema.safetensors").exists():
+            raise ConfigError(f"--weights: ema: {ckpt} was trained without an average; valid is raw")
+        return checkpoints.read_tensors(ckpt, "ema")
+    raise ConfigError(f"--weights: {weights}: valid are ema, raw")
+
+
+def load_student(run: Run, ckpt: Path, weights: str, device: torch.device) -> Roles:
+    """Teacher and student of a checkpoint, for sampling."""
+    values = student_weights(ckpt, weights)
+    roles = build_roles(run, device, trained=("student",))
+    load_parameters(roles.named_parameters("student"), values)
+    return roles
+
+
+def describe(run: Run, roles: Roles | None = None) -> list[str]:
+    """What was resolved, for the user to read before the first step."""
+    config = run.config
+    sigmas = ", ".join(f"{sigma_from_timestep(t):.4f}" for t in run.timesteps)
+    teacher = "the base with adapters off" if run.teacher is run.base else run.teacher.name
+    updates = f"every {config.dmd.generator_update_interval} steps" if config.dmd.generator_update_interval > 1 else "every step"
+    lines = [
+        f"base model      {run.base.name}; teacher: {teacher}",
+        f"timesteps       {', '.join(f'{t:g}' for t in run.timesteps)} (sigmas {sigmas})",
+        f"guidance        real score {config.dmd.real_score_guidance_scale:g}, fake score "
+        f"{config.dmd.fake_score_guidance_scale:g}, in the form {GUIDANCE_CONVENTION}; 0 or 1 is off",
+        f"score timesteps shift {config.dmd.timestep_shift:g}, clamped to "
+        f"[{1000 * config.dmd.min_timestep_ratio:g}, {1000 * config.dmd.max_timestep_ratio:g}]; "
+        f"ts_schedule {str(config.dmd.ts_schedule).lower()}, ts_schedule_max {str(config.dmd.ts_schedule_max).lower()}",
+        f"flow shift      {run.flow_shift:g} (the teacher's own sampling schedule)",
+        f"latents         [C, T, H, W] = {list(run.latent_shape)}, {run.layout.num_frames} latent frames in "
+        f"{len(run.layout.sizes)} block{'s' if len(run.layout.sizes) > 1 else ''}",
+        f"update          {config.samples_per_update} videos ({config.train.batch_size} x "
+        f"{config.train.gradient_accumulation}); fake score every step, student {updates}",
+        f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation",
+    ]
+    if roles is not None:
+        for name in ("student", "fake_score"):
+            kind = getattr(config, name).kind
+            count = sum(p.numel() for p in roles.parameters(name))
+            lines.append(f"{name.replace('_', ' '):<15} {kind}, {count:,} trained parameters")
+    return lines
+
+
+def sampling_json(run: Run) -> str:
+    return json.dumps(run.sampling(), indent=1) + "\n"

@@ -1,0 +1,173 @@
+"""One fake-score update and one student update: the only place that joins the maths and the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from dmdtrain import dmd
+from dmdtrain.config import Config
+from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
+from dmdtrain.models.roles import RoleName, Roles
+from dmdtrain.rollout import BlockLayout, RolloutResult, draw_exit_steps, draw_noise, replay_backward, rollout
+
+Stats = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one update of n videos, drawn before it is split into micro-batches: how it is split changes
+    no number but rounding."""
+
+    noise: torch.Tensor  # [S, n, C, T, H, W]
+    score_noise: torch.Tensor  # [n, C, T, H, W]
+    score_timestep: torch.Tensor  # [n]
+    uncaptioned: torch.Tensor  # [n] bool: fake-score samples without their caption
+    exit_steps: list[int]  # per block
+
+    def rows(self, start: int, stop: int) -> Draws:
+        return replace(
+            self,
+            noise=self.noise[:, start:stop],
+            score_noise=self.score_noise[start:stop],
+            score_timestep=self.score_timestep[start:stop],
+            uncaptioned=self.uncaptioned[start:stop],
+        )
+
+    def to(self, device: torch.device) -> Draws:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Draws(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+
+class Distiller:
+    """The DMD losses of one run.
+
+    Args:
+        roles: teacher, student, fake score.
+        config: dmd, rollout, data.caption_dropout and train.mixed_precision are read.
+        timesteps: the student's denoising steps, resolved. latent_shape: [C, T, H, W] of a training video.
+        uncond: [1, L, D], the encoded negative prompt.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        config: Config,
+        timesteps: list[float],
+        layout: BlockLayout,
+        latent_shape: tuple[int, int, int, int],
+        uncond: torch.Tensor,
+    ):
+        self.roles, self.config, self.timesteps, self.layout = roles, config, timesteps, layout
+        self.latent_shape, self.uncond = latent_shape, uncond
+        self.device = uncond.device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.mixed_precision == "bf16")
+
+    def draw(self, n: int, generator: torch.Generator) -> Draws:
+        """All randomness of an update of n videos, on the CPU: the same numbers on every device."""
+        settings, dropout = self.config.dmd, self.config.data.caption_dropout
+        exit_steps = draw_exit_steps(
+            len(self.layout.sizes),
+            len(self.timesteps),
+            generator,
+            same_step=self.config.rollout.same_step_across_blocks,
+            last_only=self.config.rollout.last_step_only,
+        )
+        noise = draw_noise(len(self.timesteps), (n, *self.latent_shape), generator)
+        # One score timestep serves all frames (the teacher is bidirectional): the last block's exit step bounds it.
+        last = exit_steps[-1]
+        low, high = dmd.score_timestep_range(
+            self.timesteps[last],
+            self.timesteps[last + 1] if last + 1 < len(self.timesteps) else 0.0,
+            ts_schedule=settings.ts_schedule,
+            ts_schedule_max=settings.ts_schedule_max,
+            min_score_timestep=settings.min_score_timestep,
+        )
+        score_timestep = dmd.sample_score_timesteps(
+            n,
+            generator,
+            low,
+            high,
+            shift=settings.timestep_shift,
+            min_timestep=1000 * settings.min_timestep_ratio,
+            max_timestep=1000 * settings.max_timestep_ratio,
+        )
+        score_noise = torch.randn((n, *self.latent_shape), generator=generator)
+        uncaptioned = torch.rand(n, generator=generator) < dropout
+        return Draws(noise, score_noise, score_timestep, uncaptioned, exit_steps)
+
+    def _roll_out(self, context: torch.Tensor, draws: Draws) -> RolloutResult:
+        return rollout(
+            self._student(context),
+            draws.noise,
+            self.timesteps,
+            self.layout,
+            draws.exit_steps,
+            context_timestep=self.config.rollout.context_noise,
+        )
+
+    def _student(self, context: torch.Tensor):
+        def denoise(
+            latents: torch.Tensor, timestep: torch.Tensor, *, frames: slice, write_cache: bool = False
+        ) -> torch.Tensor:
+            with self.autocast():
+                return self.roles.flow("student", latents, timestep, context)
+
+        return denoise
+
+    def _score(
+        self, name: RoleName, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """x0 of a score model, guided in standard form; one pass where guidance is off."""
+        with self.autocast():
+            if scale in (0, 1):
+                flow = self.roles.flow(name, noisy, timestep, context)
+            else:
+                both = torch.cat([context, self.uncond.expand(len(context), -1, -1)])
+                flows = self.roles.flow(name, noisy.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both)
+                flow = dmd.guide(*flows.float().chunk(2), scale)
+        return x0_from_flow(noisy, flow, sigma_from_timestep(timestep))
+
+    def student_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
+        """Accumulates the student's gradient over one micro-batch.
+
+        Args:
+            context: [b, L, D]. draws: of the b videos. weight: the micro-batch's share of the update, b / n.
+
+        Returns:
+            scalars, each the micro-batch's mean.
+        """
+        settings = self.config.dmd
+        result = self._roll_out(context, draws)
+        x0 = result.x0
+        with torch.no_grad():
+            noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
+            score_args = (noisy, draws.score_timestep, context)
+            x0_real = self._score("teacher", *score_args, settings.real_score_guidance_scale)
+            x0_fake = self._score("fake_score", *score_args, settings.fake_score_guidance_scale)
+            gradient, normaliser = dmd.dmd_gradient(x0, x0_real, x0_fake)
+            loss = dmd.dmd_loss(x0, gradient)
+        stats = {
+            "dmd_loss": loss,
+            "dmd_gradient_norm": gradient.flatten(1).norm(dim=1).mean(),
+            "dmd_normaliser": normaliser.mean(),
+            "fake_real_gap": (x0_fake - x0_real).square().mean(),
+            "x0_mean": x0.mean(),
+            "x0_std": x0.std(),
+        }
+        replay_backward(self._student(context), result.records, dmd.dmd_loss_gradient(gradient) * weight)
+        return stats
+
+    def critic_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
+        """Accumulates the fake score's gradient over one micro-batch; arguments as in `student_backward`."""
+        x0 = self._roll_out(context, draws).x0
+        noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
+        seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
+        with self.autocast():
+            flow = self.roles.flow("fake_score", noisy, draws.score_timestep, seen)
+        loss = dmd.critic_loss(flow.float(), x0, draws.score_noise).mean()
+        (loss * weight).backward()
+        return {"critic_loss": loss.detach()}

@@ -1,0 +1,304 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dmdtrain import config as configuration
+from dmdtrain.config import Config, ConfigError
+from dmdtrain.data.prompts import PromptSampler
+from dmdtrain.models.roles import load_parameters
+from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train import validation
+from dmdtrain.train.ema import Ema
+from dmdtrain.train.log import Live, MetricsLog
+from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate
+from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
+from dmdtrain.train.step import Distiller, Stats
+
+CHECKPOINTS = "checkpoints"
+
+
+class TrainingStopped(Exception):
+    """Training can not go on; the last checkpoint is intact."""
+
+
+def find_resume(config: Config, resume: str) -> Path | None:
+    """The checkpoint to go on from: `auto` (the newest of the run in output_dir), `never`, or a folder.
+
+    Raises:
+        ConfigError: output_dir belongs to another run, or the checkpoint to another configuration.
+    """
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir: {output} is not a folder")
+    owned = output / "config.yaml"
+    if resume not in ("auto", "never"):
+        folder = Path(resume)
+        checkpoints.check_checkpoint(folder, "--resume")
+        _refuse_other(folder / "config.yaml", config, f"--resume: {folder} is a checkpoint of another configuration")
+        if owned.exists() and folder.resolve().parent != (output / CHECKPOINTS).resolve():
+            raise ConfigError(f"output_dir: {output} belongs to another run; choose another with --output-dir")
+        return folder
+    if owned.exists():
+        if resume == "never":
+            raise ConfigError(
+                f"output_dir: {output} already holds a run; choose another with --output-dir, or --resume auto"
+            )
+        _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
+    elif output.exists() and any(f.name != "cache" for f in output.iterdir()):
+        raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
+    found = checkpoints.list_checkpoints(output / CHECKPOINTS)
+    if not found:
+        return None
+    checkpoints.check_checkpoint(found[-1], "--resume")
+    return found[-1]
+
+
+def _refuse_other(file: Path, config: Config, what: str) -> None:
+    different = configuration.differences(configuration.load(file), config)
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        raise ConfigError(f"{what}: {different[0]}{more}")
+
+
+class Trainer:
+    """One run: builds everything, then `fit`."""
+
+    def __init__(self, run: Run, console: Console):
+        self.run, self.config, self.console = run, run.config, console
+        self.device = device_of_this_machine()
+        if self.device.type == "cpu":
+            torch.set_flush_denormal(True)
+        self.text = text_cache(run, self.device)
+        negatives = [self.config.data.negative_prompt, self.config.validation.negative_prompt]
+        self.text.prepare([*run.prompts, *run.validation_prompts, *negatives])
+        self.roles = build_roles(run, self.device)
+        uncond = self.text.get([self.config.data.negative_prompt])
+        self.distiller = Distiller(self.roles, self.config, run.timesteps, run.layout, run.latent_shape, uncond)
+
+        student, critic, chosen = self.config.optimizer, self.config.fake_score, self.config.optimizer.name
+        self.optimizers = {
+            "student": build_optimizer(
+                chosen,
+                self.roles.parameters("student"),
+                lr=student.lr,
+                betas=student.betas,
+                eps=student.eps,
+                weight_decay=student.weight_decay,
+            ),
+            "fake_score": build_optimizer(
+                chosen,
+                self.roles.parameters("fake_score"),
+                lr=critic.lr,
+                betas=critic.betas,
+                eps=critic.eps,
+                weight_decay=critic.weight_decay,
+            ),
+        }
+        ema = self.config.ema
+        self.ema = Ema(self.roles.named_parameters("student"), ema.decay, ema.every) if ema.enabled else None
+        self.prompts = PromptSampler(run.prompts, self.config.train.seed)
+        self.generator = torch.Generator().manual_seed(self.config.train.seed + 1)
+        self.renderer = validation.Renderer(run, self.roles, self.text, self.distiller.autocast)
+        self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def _update(self, name: str) -> Stats | None:
+        """One update of `student` or `fake_score` over all micro-batches; None where it was not finite and was skipped."""
+        config, parameters = self.config, self.roles.parameters(name)
+        backward = self.distiller.student_backward if name == "student" else self.distiller.critic_backward
+        n, micro = config.samples_per_update, config.train.batch_size
+        context = self.text.get(self.prompts.draw(n))
+        draws = self.distiller.draw(n, self.generator).to(self.device)
+        total: Stats = {}
+        for start in range(0, n, micro):
+            rows = slice(start, start + micro)
+            stats = backward(context[rows], draws.rows(rows.start, rows.stop), micro / n)
+            for key, value in stats.items():
+                total[key] = total.get(key, 0) + value * (micro / n)
+        if name == "student":
+            norm = clip_gradients(parameters, config.optimizer.grad_clip, config.optimizer.grad_clip_method)
+        else:
+            norm = clip_gradients(parameters, config.fake_score.grad_clip, "norm")
+        total[f"{name}_grad_norm"] = norm
+        finite = bool(torch.isfinite(torch.stack([norm, *(v for k, v in total.items() if k.endswith("loss"))])).all())
+        if finite:
+            self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        return total if finite else None
+
+    def _learning_rate(self) -> float:
+        schedule = self.config.schedule
+        return learning_rate(
+            self.student_updates,
+            self.config.student_updates,
+            peak=self.config.optimizer.lr,
+            name=schedule.name,
+            warmup_steps=schedule.warmup_steps,
+            min_lr=schedule.min_lr,
+        )
+
+    def train_step(self) -> dict[str, float]:
+        """The fake score's update, and at every generator_update_interval-th step the student's."""
+        self.step += 1
+        started = time.perf_counter()
+        values: Stats = {}
+        bad = False
+        stats = self._update("fake_score")
+        bad |= stats is None
+        values |= stats or {}
+        critic_seconds = time.perf_counter() - started
+        lr = self._learning_rate()
+        student_seconds = 0.0
+        if self.step % self.config.dmd.generator_update_interval == 0:
+            for group in self.optimizers["student"].param_groups:
+                group["lr"] = lr
+            stats = self._update("student")
+            bad |= stats is None
+            values |= stats or {}
+            # Counted even where it was skipped, so that the schedule keeps its length.
+            self.student_updates += 1
+            if stats is not None and self.ema is not None:
+                self.ema.update(self.student_updates)
+            student_seconds = time.perf_counter() - started - critic_seconds
+        self.bad_steps += bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+            raise TrainingStopped(
+                f"step {self.step}: loss or gradient was not finite {self.bad_in_a_row} steps in a row; "
+                "lower optimizer.lr and fake_score.lr, then resume from the last checkpoint"
+            )
+        numbers = {key: float(value) for key, value in values.items()}
+        numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
+        numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
+        if self.device.type == "cuda":
+            numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return numbers
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> Path:
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
+        for name, optimizer in self.optimizers.items():
+            tensors[name] = dict(self.roles.named_parameters(name))  # type: ignore[arg-type]
+            state, tree = checkpoints.split_state(optimizer.state_dict())
+            tensors[f"optimizer_{name}"] = state
+            texts[f"optimizer_{name}.json"] = json.dumps(tree)
+        if self.ema is not None:
+            tensors["ema"] = self.ema.weights
+        tensors["random"] = {"draws": self.generator.get_state()}
+        tensors["random"] |= {f"prompts.{k}": v for k, v in self.prompts.state_dict().items()}
+        counters = {name: getattr(self, name) for name in ("step", "student_updates", "bad_steps", "bad_in_a_row")}
+        texts["state.json"] = json.dumps(counters) + "\n"
+        root = self.run.output_dir / CHECKPOINTS
+        return checkpoints.write_checkpoint(root, self.step, tensors, texts, self.config.checkpoint.keep)
+
+    def load(self, folder: Path) -> None:
+        for name, optimizer in self.optimizers.items():
+            load_parameters(self.roles.named_parameters(name), checkpoints.read_tensors(folder, name))
+            tree = checkpoints.read_json(folder, f"optimizer_{name}.json")
+            state = checkpoints.join_state(checkpoints.read_tensors(folder, f"optimizer_{name}"), tree)
+            optimizer.load_state_dict(state)
+        if self.ema is not None:
+            self.ema.load(checkpoints.read_tensors(folder, "ema"))
+        random = checkpoints.read_tensors(folder, "random")
+        self.generator.set_state(random.pop("draws"))
+        self.prompts.load_state_dict({k.removeprefix("prompts."): v for k, v in random.items()})
+        for name, value in checkpoints.read_json(folder, "state.json").items():
+            setattr(self, name, value)
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def validate(self, log: MetricsLog) -> None:
+        settings = self.config.validation
+        choice = self.config.ema.validate_with
+        prompts = self.run.validation_prompts
+        columns = {}
+        for weights in ("ema", "raw") if choice == "both" else (choice,):
+            values = self.ema.weights if weights == "ema" and self.ema is not None else None
+            with self.roles.weights("student", values):
+                latents = self.renderer.student(
+                    prompts,
+                    settings.seed,
+                    self.run.validation_latent_shape,
+                    self.run.validation_timesteps,
+                    settings.guidance_scale,
+                    settings.negative_prompt,
+                )
+            videos = self.renderer.decode(latents)
+            columns["student" if weights == choice else f"student {weights}"] = videos
+            gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
+            log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]
+        folder = self.run.output_dir / "samples" / f"step-{self.step:06d}"
+        facts = self.run.sampling() | {"step": self.step, "seed": settings.seed}
+        results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
+        for name, scores in results["scores"].items():
+            log.write(self.step, {f"{name}_right_{key}": value for key, value in scores.items()})
+            self.console.print(
+                f"step {self.step}: {name} right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()), soft_wrap=True
+            )
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        config, output = self.config, self.run.output_dir
+        log = MetricsLog(output, self.step, config.log.tensorboard)
+        try:
+            with Live(config.train.max_steps, self.step, self.console) as live:
+                while self.step < config.train.max_steps:
+                    values = self.train_step()
+                    last = self.step == config.train.max_steps
+                    live.step(self.step, _progress_text(values))
+                    if self.step % config.log.every == 0 or last:
+                        log.write(self.step, values)
+                    if self.step % config.checkpoint.every == 0 or last:
+                        self.save()
+                        live.restart_clock()
+                    if config.validation.every and (self.step % config.validation.every == 0 or last):
+                        self.validate(log)
+                        live.restart_clock()
+        finally:
+            log.close()
+
+
+def _progress_text(values: dict[str, float]) -> str:
+    shown = {"dmd": "dmd_loss", "critic": "critic_loss", "grad": "student_grad_norm"}
+    return "  ".join(f"{name} {values[key]:.4f}" for name, key in shown.items() if key in values)
+
+
+def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
+    """`dmdtrain fit`: resolve, check, build, resume, train."""
+    run = resolve(config)
+    checkpoint = find_resume(config, resume)
+    for line in describe(run):
+        console.print(line, soft_wrap=True, highlight=False)
+    if dry_run:
+        console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
+        return
+    output = run.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / ".config.yaml.partial"
+    partial.write_text(configuration.dump(config), encoding="utf-8")
+    partial.rename(output / "config.yaml")
+    for leftover in (output / CHECKPOINTS).glob(".step-*.partial"):
+        shutil.rmtree(leftover)
+    trainer = Trainer(run, console)
+    for line in describe(run, trainer.roles)[-2:]:
+        console.print(line, soft_wrap=True, highlight=False)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        console.print(f"resumed from {checkpoint}, step {trainer.step}", soft_wrap=True)
+    if trainer.step >= config.train.max_steps:
+        console.print(f"nothing to do: the run already has its {config.train.max_steps} steps", soft_wrap=True)
+        return
+    trainer.fit()
+    console.print(f"done: {output / CHECKPOINTS / f'step-{trainer.step:06d}'}", soft_wrap=True)

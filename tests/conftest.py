@@ -1,0 +1,105 @@
+"""Real tiny Wan models: small random ones in a Diffusers folder, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+torch.set_num_threads(2)
+
+TRANSFORMER = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
+
+
+def tiny_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
+    """A random Wan transformer whose weights are large enough for every path to matter."""
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(**(TRANSFORMER | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory) -> Path:
+    """A complete Wan folder with random weights: 4 latent channels, 8 x 8 x 4 compression, 16-d text."""
+    torch.manual_seed(7)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "cat", "dog", "runs", "sleeps", "on", "grass"]
+    core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+    folder = tmp_path_factory.mktemp("models") / "wan-random"
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_transformer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def settings(wan_folder, tmp_path) -> dict:
+    """The configuration of a run of seconds on the random folder."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat runs\na blue dog sleeps\na cat on grass\na dog\n\na dog\n")
+    return {
+        "model": {"base": str(wan_folder), "precision": "fp32", "text_encoder_precision": "fp32"},
+        "student": {"rank": 4, "alpha": 8},
+        "fake_score": {"rank": 4, "alpha": 4, "lr": 1e-3},
+        "dmd": {"generator_update_interval": 2},
+        "rollout": {"num_training_frames": 3},
+        "data": {"prompts": str(prompts), "resolution": "32x48", "max_sequence_length": 8},
+        "optimizer": {"lr": 1e-3},
+        "train": {
+            "max_steps": 4,
+            "batch_size": 2,
+            "mixed_precision": "no",
+            "gradient_checkpointing": False,
+        },
+        "ema": {"decay": 0.5},
+        "checkpoint": {"every": 2, "keep": 2},
+        "validation": {
+            "every": 4,
+            "count": 2,
+            "prompts": ["a red dog", "a blue cat sleeps"],
+            "num_frames": 5,
+            "resolution": "32x32",
+        },
+        "output_dir": str(tmp_path / "run"),
+    }

@@ -1,0 +1,49 @@
+"""`fit` end to end on real tiny models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from dmdtrain.cli import app
+
+
+@pytest.fixture()
+def run_cli():
+    runner = CliRunner()
+
+    def run(*args: str):
+        return runner.invoke(app, [str(a) for a in args], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture()
+def config_file(settings, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def test_whole_road(run_cli, config_file, tmp_path):
+    result = run_cli("fit", config_file)
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    assert [f.name for f in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all("critic_loss" in line for line in lines)
+    assert ["dmd_loss" in line for line in lines] == [False, True, False, True]
+    assert (run / "samples" / "step-000004" / "contact_sheet.png").stat().st_size > 500
+    assert len(list((run / "samples" / "step-000004").glob("*.mp4"))) == 2
+    ckpt = run / "checkpoints" / "step-000004"
+    assert run_cli("validate", "--ckpt", ckpt, "--compare-teacher", "--teacher-steps", 2).exit_code == 0
+    assert run_cli("generate", "--ckpt", ckpt, "a red cat", "--out", tmp_path / "one.mp4").exit_code == 0
+    assert (tmp_path / "one.mp4").stat().st_size > 200
+    assert run_cli("export-lora", "--ckpt", ckpt, "--out", tmp_path / "lora.safetensors").exit_code == 0
+    assert (tmp_path / "lora_scheduler" / "scheduler_config.json").exists()
+    assert torch.isfinite(torch.tensor([line["critic_loss"] for line in lines])).all()
