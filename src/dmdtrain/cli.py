@@ -58,7 +58,9 @@ def _console():
 def fit(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/wan_tiny.yaml.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as train.max_steps=100.")] = None,
-    resume: Annotated[str, typer.Option(help="auto: the newest checkpoint of this run; never; or a checkpoint.")] = "auto",
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest checkpoint of this run; never; or a checkpoint.")
+    ] = "auto",
     max_steps: Annotated[int | None, typer.Option(help="The same as --set train.max_steps=N.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The same as --set output_dir=DIR.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print everything, load no model.")] = False,
@@ -85,8 +87,12 @@ def fit(
 @app.command()
 def validate(
     ckpt: Ckpt,
-    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the run's validation prompts.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Timesteps, such as 1000,757,522; default: the trained ones.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line; default: the run's validation prompts.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Timesteps, such as 1000,757,522; default: the trained ones.")
+    ] = None,
     compare_teacher: Annotated[bool, typer.Option("--compare-teacher", help="Render the teacher beside it.")] = False,
     teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 50,
     count: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.")] = None,

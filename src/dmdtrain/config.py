@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -143,7 +144,7 @@ class Dmd(Group):
         steps = self.denoising_steps
         if not 1 <= len(steps) <= 8:
             raise ValueError(f"denoising_steps: {len(steps)} steps; valid are 1 to 8, such as 1000,757,522")
-        if any(b >= a for a, b in zip(steps, steps[1:], strict=False)):
+        if any(b >= a for a, b in pairwise(steps)):
             raise ValueError(f"denoising_steps: {_join(steps)} must descend, such as 1000,757,522")
         if self.min_timestep_ratio >= self.max_timestep_ratio:
             raise ValueError(
@@ -278,7 +279,7 @@ class Validation(Group):
     def _check(self):
         check_num_frames(self.num_frames)
         parse_resolution(self.resolution, "16:9", 1, key="resolution")
-        if self.steps is not None and any(b >= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        if self.steps is not None and any(b >= a for a, b in pairwise(self.steps)):
             raise ValueError(f"steps: {_join(self.steps)} must descend, such as 1000,757,522")
         return self
 
@@ -351,7 +352,8 @@ def nested_get(config: Config, key: str) -> Any:
 
 
 def _groups() -> dict[str, type[Group]]:
-    return {n: f.annotation for n, f in Config.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Group)}  # fmt: skip
+    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Group)}
 
 
 def known_keys() -> list[str]:
@@ -452,5 +454,3 @@ def differences(old: Config, new: Config) -> list[str]:
     if new.schedule.name != "constant" and old.student_updates != new.student_updates:
         found.append(f"train.max_steps: {old.train.max_steps} -> {new.train.max_steps} (the schedule depends on it)")
     return found
-
-

@@ -27,9 +27,7 @@ class DMDGradient(NamedTuple):
     normaliser: torch.Tensor  # [B]
 
 
-def dmd_gradient(
-    x0: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor, *, eps: float = 1e-8
-) -> DMDGradient:
+def dmd_gradient(x0: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor, *, eps: float = 1e-8) -> DMDGradient:
     """Distribution-matching gradient, eq. 7 of arXiv 2311.18828, normalised per sample as in its eq. 8.
 
     `(x0_fake - x0_real) / mean|x0 - x0_real|`, the mean over everything but the batch. A sample whose normaliser is

@@ -73,7 +73,9 @@ class Roles:
         # Copies first: they are copies of the bare base, without adapters.
         copies = {name: copy.deepcopy(base).to(full_dtype) for name, spec in trained.items() if spec is None}
         base.requires_grad_(False)
-        self.roles: dict[str, Role] = {"teacher": Role(base if teacher is None else teacher.requires_grad_(False), None)}
+        self.roles: dict[str, Role] = {
+            "teacher": Role(base if teacher is None else teacher.requires_grad_(False), None)
+        }
         for name, spec in trained.items():
             if spec is None:
                 self.roles[name] = Role(copies[name], None)

@@ -68,7 +68,9 @@ def find_folder(name: str, key: str) -> WanFolder:
         path = Path(name).expanduser()
         if not path.is_dir():
             if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-                raise ConfigError(f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}")
+                raise ConfigError(
+                    f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}"
+                )
             path = _download(name, key)
     _read_json(path / "model_index.json", name, key)
     configs = {}

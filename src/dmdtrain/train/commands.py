@@ -89,7 +89,9 @@ def validate(
     console.print(f"videos and numbers: {folder}\ncontact sheet:      {folder / 'contact_sheet.png'}", soft_wrap=True)
 
 
-def generate(*, ckpt: Path, prompt: str, out: Path, seed: int, frames: int | None, weights: str, console: Console) -> None:
+def generate(
+    *, ckpt: Path, prompt: str, out: Path, seed: int, frames: int | None, weights: str, console: Console
+) -> None:
     if out.suffix != ".mp4":
         raise ConfigError(f"--out: {out}: the name must end in .mp4")
     if out.exists():
@@ -129,7 +131,9 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     scheduler = stock_scheduler(run.timesteps)
     listed = ", ".join(f"{t:g}" for t in run.timesteps)
     if scheduler is None:
-        console.print(f"no stock scheduler configuration gives the timesteps {listed}: none was written", soft_wrap=True)
+        console.print(
+            f"no stock scheduler configuration gives the timesteps {listed}: none was written", soft_wrap=True
+        )
         return
     scheduler.save_pretrained(scheduler_folder)
     console.print(

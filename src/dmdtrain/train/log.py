@@ -114,6 +114,7 @@ class Live:
         elif now - self._printed > 10 or step == self._total:
             left = int(seconds * (self._total - step))
             self._console.print(
-                f"step {step}/{self._total}  {text}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", soft_wrap=True
+                f"step {step}/{self._total}  {text}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+                soft_wrap=True,
             )
             self._printed = now

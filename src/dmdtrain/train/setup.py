@@ -136,8 +136,11 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
         teacher = load_transformer(run.teacher, dtype, config.model.attention).to(device)
     weights = trained_dtype(config.optimizer.name)
     targets = tuple(config.student.targets)
-    settings = {"student": config.student, "fake_score": config.fake_score}
-    specs = {n: AdapterSpec(s.rank, s.alpha, targets) if s.kind == "lora" else None for n, s in settings.items()}
+    specs: dict[str, AdapterSpec | None] = {"student": None, "fake_score": None}
+    if config.student.kind == "lora":
+        specs["student"] = AdapterSpec(config.student.rank, config.student.alpha, targets)
+    if config.fake_score.kind == "lora":
+        specs["fake_score"] = AdapterSpec(config.fake_score.rank, config.fake_score.alpha, targets)
     # Adapters draw their first values from the global generator: seed it here, and nowhere else.
     torch.manual_seed(config.train.seed)
     try:
@@ -189,7 +192,11 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
     config = run.config
     sigmas = ", ".join(f"{sigma_from_timestep(t):.4f}" for t in run.timesteps)
     teacher = "the base with adapters off" if run.teacher is run.base else run.teacher.name
-    updates = f"every {config.dmd.generator_update_interval} steps" if config.dmd.generator_update_interval > 1 else "every step"
+    updates = (
+        f"every {config.dmd.generator_update_interval} steps"
+        if config.dmd.generator_update_interval > 1
+        else "every step"
+    )
     lines = [
         f"base model      {run.base.name}; teacher: {teacher}",
         f"timesteps       {', '.join(f'{t:g}' for t in run.timesteps)} (sigmas {sigmas})",

@@ -128,7 +128,8 @@ class Distiller:
             else:
                 both = torch.cat([context, self.uncond.expand(len(context), -1, -1)])
                 flows = self.roles.flow(name, noisy.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both)
-                flow = dmd.guide(*flows.float().chunk(2), scale)
+                cond, uncond = flows.float().chunk(2)
+                flow = dmd.guide(cond, uncond, scale)
         return x0_from_flow(noisy, flow, sigma_from_timestep(timestep))
 
     def student_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:

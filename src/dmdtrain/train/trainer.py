@@ -244,7 +244,8 @@ class Trainer:
         for name, scores in results["scores"].items():
             log.write(self.step, {f"{name}_right_{key}": value for key, value in scores.items()})
             self.console.print(
-                f"step {self.step}: {name} right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()), soft_wrap=True
+                f"step {self.step}: {name} right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()),
+                soft_wrap=True,
             )
 
     # ------------------------------------------------------------------------------------------------ the loop

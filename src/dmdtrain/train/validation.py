@@ -34,7 +34,7 @@ class Renderer:
     def __init__(self, run: Run, roles: Roles, text: TextCache, autocast: Autocast = nullcontext):
         self.run, self.roles, self.text, self.autocast = run, roles, text, autocast
 
-    def _batches(self, count: int, shape: tuple[int, int, int, int]) -> list[range]:
+    def _batches(self, count: int, shape: tuple[int, ...]) -> list[range]:
         _, frames, height, width = shape
         patch = self.run.base.transformer["patch_size"]
         tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
@@ -108,7 +108,8 @@ class Renderer:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Videos [N, 3, T, H, W] in [-1, 1] on the CPU. The codec is loaded for the call and freed after it."""
         vae = load_vae(self.run.base).to(latents.device)
-        videos = [decode_latents(vae, latents[rows.start : rows.stop]).cpu() for rows in self._batches(len(latents), latents.shape[1:])]  # type: ignore[arg-type]  # fmt: skip
+        rows = self._batches(len(latents), tuple(latents.shape[1:]))
+        videos = [decode_latents(vae, latents[r.start : r.stop]).cpu() for r in rows]
         del vae
         gc.collect()
         if torch.cuda.is_available():

@@ -1,0 +1,52 @@
+# make demo   sets everything up and distils the miniature; make test   sets everything up and runs the tests.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= output/wan-tiny
+# Waiting OpenMP threads sleep instead of spinning: on a busy machine spinning can cost a factor of 25.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-slow test-gpu lint format bench wan-tiny clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "dmdtrain needs Python 3.11 or 3.12: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/dmdtrain fit configs/wan_tiny.yaml --output-dir $(DEMO)
+	@scripts/demo_finish.sh $(BIN)/dmdtrain $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/wan_tiny.py
+
+wan-tiny: setup
+	$(BIN)/python scripts/make_wan_tiny.py
+
+clean:
+	rm -rf build output

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The end of `make demo`: validates the newest checkpoint beside its teacher, exports its LoRA, says where everything is.
+set -euo pipefail
+dmdtrain=$1 run=$2
+ckpt=$(ls -d "$run"/checkpoints/step-* | sort | tail -n 1)
+"$dmdtrain" validate --ckpt "$ckpt" --compare-teacher --teacher-steps 40 --count 16
+lora="$run/student_lora.safetensors"
+rm -rf "$lora" "$run/student_lora_scheduler"
+"$dmdtrain" export-lora --ckpt "$ckpt" --out "$lora"
+samples="$run/validate/$(basename "$ckpt")"
+echo
+echo "teacher and student side by side:"
+echo "  videos         $samples/*.mp4"
+echo "  contact sheet  $samples/contact_sheet.png"
+echo "  numbers        $samples/results.json"
+echo "  LoRA           $lora"
