@@ -28,6 +28,7 @@ from dmdtrain.config import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # their folder in a run's
 
 
 def step_folder(root: Path, step: int) -> Path:

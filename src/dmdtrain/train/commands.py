@@ -19,12 +19,11 @@ def _pick_weights(ckpt: Path, weights: str) -> str:
     return weights or ("ema" if (ckpt / "ema.safetensors").exists() else "raw")
 
 
-def _renderer(ckpt: Path, weights: str) -> tuple[setup.Run, Renderer]:
-    run = setup.load_run(ckpt)
+def _renderer(run: setup.Run, ckpt: Path, weights: str) -> Renderer:
     device = setup.device_of_this_machine()
     roles = setup.load_student(run, ckpt, weights, device)
     mixed = run.config.train.mixed_precision == "bf16"
-    return run, Renderer(
+    return Renderer(
         run, roles, setup.text_cache(run, device), lambda: torch.autocast(device.type, torch.bfloat16, enabled=mixed)
     )
 
@@ -66,7 +65,7 @@ def validate(
     if (folder / "results.json").exists() and out is not None:
         raise ConfigError(f"--out: {out} already holds results; choose another folder")
 
-    run, renderer = _renderer(ckpt, weights)
+    renderer = _renderer(run, ckpt, weights)
     shape = run.validation_latent_shape
     columns, facts = {}, run.sampling() | {"checkpoint": str(ckpt), "weights": weights, "seed": seed}
     facts |= {"timesteps": timesteps, "sigmas": [t / 1000 for t in timesteps], "seconds": {}}
@@ -103,7 +102,7 @@ def generate(
         latent_frames = setup.latent_frames(run.config.validation.num_frames if frames is None else frames)
     except ValueError as error:
         raise ConfigError(str(error).replace("num_frames", "--frames", 1)) from None
-    run, renderer = _renderer(ckpt, _pick_weights(ckpt, weights))
+    renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights))
     channels, _, height, width = run.validation_latent_shape
     settings = run.config.validation
     shape = (channels, latent_frames, height, width)

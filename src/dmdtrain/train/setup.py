@@ -165,7 +165,10 @@ def text_cache(run: Run, device: torch.device) -> TextCache:
 def load_run(ckpt: Path) -> Run:
     """The run that a checkpoint belongs to."""
     checkpoints.check_checkpoint(ckpt, "--ckpt")
-    return resolve(configuration.load(ckpt / "config.yaml"))
+    config = configuration.load(ckpt / "config.yaml")
+    if ckpt.resolve().parent.name == checkpoints.CHECKPOINTS:  # the run's folder may have moved since
+        config = config.model_copy(update={"output_dir": str(ckpt.resolve().parents[1])})
+    return resolve(config)
 
 
 def student_weights(ckpt: Path, weights: str) -> dict[str, torch.Tensor]:

@@ -16,13 +16,12 @@ from dmdtrain.data.prompts import PromptSampler
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import validation
+from dmdtrain.train.checkpoint import CHECKPOINTS
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
 from dmdtrain.train.step import Distiller, Stats
-
-CHECKPOINTS = "checkpoints"
 
 
 class TrainingStopped(Exception):
