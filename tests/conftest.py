@@ -73,7 +73,7 @@ def wan_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def settings(wan_folder, tmp_path) -> dict:
     """The configuration of a run of seconds on the random folder."""
     prompts = tmp_path / "prompts.txt"

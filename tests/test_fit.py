@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dmdtrain.cli import app
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_cli():
     runner = CliRunner()
 
@@ -22,7 +22,7 @@ def run_cli():
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def config_file(settings, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))

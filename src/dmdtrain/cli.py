@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="dmdtrain",
@@ -29,7 +32,7 @@ def _one_line_errors() -> Iterator[None]:
     """A mistake of the user's ends in one line and exit code 2, never in a traceback."""
     from dmdtrain.config import ConfigError
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet()
     try:
         yield
     except ConfigError as error:
@@ -40,17 +43,21 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _console():
+def _quiet() -> None:
+    """Silences chatter of libraries that says nothing about the user's run. Before they are imported."""
+    import logging
     import warnings
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    for name in ("bitsandbytes", "diffusers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _console() -> Console:
     from rich.console import Console
 
-    # Chatter of libraries that says nothing about the user's run.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import logging
-
-    for name in ("bitsandbytes", "diffusers", "peft", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     return Console()
 
 

@@ -71,7 +71,7 @@ class Roles:
         init_lora_weights: bool = True,
     ):
         # Copies first: they are copies of the bare base, without adapters.
-        copies = {name: copy.deepcopy(base).to(full_dtype) for name, spec in trained.items() if spec is None}
+        copies = {name: _cast(copy.deepcopy(base), full_dtype) for name, spec in trained.items() if spec is None}
         base.requires_grad_(False)
         self.roles: dict[str, Role] = {
             "teacher": Role(base if teacher is None else teacher.requires_grad_(False), None)
@@ -129,8 +129,9 @@ class Roles:
     ) -> torch.Tensor:
         """Flow of a role. latents: [B, C, T, H, W], timestep: [B] in [0, 1000], context: [B, L, D] -> [B, C, T, H, W]."""
         role = self.roles[name]
+        dtype = role.module.patch_embedding.weight.dtype  # type: ignore[union-attr]
         with self.active(role.module, role.adapter):
-            return role.module(latents, timestep, context, return_dict=False)[0]
+            return role.module(latents.to(dtype), timestep, context.to(dtype), return_dict=False)[0]
 
     def named_parameters(self, name: RoleName | str) -> dict[str, nn.Parameter]:
         """What a role trains, by names that do not depend on which other roles share the module."""
@@ -165,6 +166,15 @@ def load_parameters(parameters: dict[str, nn.Parameter], values: dict[str, torch
     """Copies `values` into the parameters of the same names."""
     for key, value in values.items():
         parameters[key].copy_(value)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts weights in place, except those that Wan keeps in float32 (norms, modulation, time embedder)."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or [])
+    for name, parameter in module.named_parameters():
+        if dtype == torch.float32 or not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def add_adapter(

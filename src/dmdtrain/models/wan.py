@@ -119,10 +119,11 @@ def load_transformer(folder: WanFolder, dtype: Any, attention: str = "native") -
     from diffusers import WanTransformer3DModel
 
     model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
-    try:
-        model.set_attention_backend(attention)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"model.attention: {attention}: {str(error).splitlines()[0]}") from None
+    if attention != "native":  # what it is already
+        try:
+            model.set_attention_backend(attention)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"model.attention: {attention}: {str(error).splitlines()[0]}") from None
     return model.requires_grad_(False).eval()
 
 
@@ -137,7 +138,9 @@ def load_vae(folder: WanFolder) -> Any:
 def load_text_encoder(folder: WanFolder, dtype: Any) -> tuple[Any, Any]:
     """(tokenizer, frozen UMT5 encoder)."""
     from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
     return AutoTokenizer.from_pretrained(folder.path / "tokenizer"), encoder.requires_grad_(False).eval()
 
