@@ -3,11 +3,11 @@
 set -euo pipefail
 dmdtrain=$1 run=$2
 ckpt=$(ls -d "$run"/checkpoints/step-* | sort | tail -n 1)
-"$dmdtrain" validate --ckpt "$ckpt" --compare-teacher --teacher-steps 40 --count 16
+samples="$run/side_by_side"
 lora="$run/student_lora.safetensors"
-rm -rf "$lora" "$run/student_lora_scheduler"
+rm -rf "$samples" "$lora" "$run/student_lora_scheduler" # of an earlier demo
+"$dmdtrain" validate --ckpt "$ckpt" --compare-teacher --teacher-steps 40 --count 16 --out "$samples"
 "$dmdtrain" export-lora --ckpt "$ckpt" --out "$lora"
-samples="$run/validate/$(basename "$ckpt")"
 echo
 echo "teacher and student side by side:"
 echo "  videos         $samples/*.mp4"

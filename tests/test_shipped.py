@@ -33,6 +33,8 @@ QUICKSTART = {  # our key: the quickstart's value
     "ema.every": 5,
     "ema.validate_with": "ema",
     "model.flow_shift": 5.0,
+    "model.precision": "int8",
+    "model.text_encoder_precision": "int8",
     "optimizer.name": "adamw_bf16",
     "optimizer.lr": 2e-5,
     "optimizer.grad_clip": 1.0,
@@ -76,7 +78,9 @@ def test_every_shipped_config_loads(file):
     load(file)
 
 
-@pytest.mark.parametrize("name, values", [("wan_3step", QUICKSTART | CAUSAL), ("wan_3step_bidirectional", QUICKSTART)])
+@pytest.mark.parametrize(
+    ("name", "values"), [("wan_3step", QUICKSTART | CAUSAL), ("wan_3step_bidirectional", QUICKSTART)]
+)
 def test_quickstart_values(name, values):
     config = load(CONFIGS / f"{name}.yaml")
     assert {key: value_of(config, key) for key in values} == values

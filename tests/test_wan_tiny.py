@@ -35,7 +35,7 @@ def folder():
 def renderer(tmp_path_factory):
     run = setup.resolve(build(SETTINGS | {"output_dir": str(tmp_path_factory.mktemp("run"))}))
     device = torch.device("cpu")
-    roles = Roles(load_transformer(run.base, torch.float32), trained={})
+    roles = Roles(load_transformer(run.base, "fp32"), trained={})
     roles.roles["student"] = roles.roles["teacher"]  # the undistilled base under the student's sampler
     return Renderer(run, roles, setup.text_cache(run, device))
 

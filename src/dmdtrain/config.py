@@ -78,10 +78,10 @@ class Model(Group):
     """Diffusers folder, hub id (org/name), or `wan-tiny`, the built-in miniature."""
     teacher: str | None = None
     """Another teacher than the base (same latents and text encoder). None: the base itself."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Data type of frozen transformer weights (base and teacher). Adapters and trained weights have their own."""
-    text_encoder_precision: Literal["fp32", "bf16"] = "bf16"
-    """Data type of the text encoder, which runs once per prompt and is then freed."""
+    precision: Literal["fp32", "bf16", "int8"] = "bf16"
+    """Of frozen transformer weights (base and teacher). int8: the blocks' linear layers, weight-only, a scale per row."""
+    text_encoder_precision: Literal["fp32", "bf16", "int8"] = "bf16"
+    """Of the text encoder, which runs once per prompt and is then freed."""
     attention: str = "native"
     """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ..."""
     flow_shift: Positive | None = None
@@ -313,6 +313,11 @@ class Config(Group):
                 f"dmd.generator_update_interval: {self.dmd.generator_update_interval} is above train.max_steps "
                 f"({self.train.max_steps}): the student would never be updated"
             )
+        for name in ("student", "fake_score"):
+            if self.model.precision == "int8" and getattr(self, name).kind == "full":
+                raise ValueError(
+                    f"{name}.kind: full can not be trained on model.precision int8; valid is lora, or bf16"
+                )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optimizer.lr ({self.optimizer.lr})")
         if not self.ema.enabled and self.ema.validate_with != "raw":

@@ -20,17 +20,17 @@ class TextCache:
     """Embeddings of prompts, kept on disk up to each prompt's true length; the encoder is loaded only for missing ones.
 
     Args:
-        folder: of the model. cache: where the files go. length: tokens, zero-padded (L below). dtype: of the encoder.
+        folder: of the model. cache: where the files go. length: tokens, zero-padded (L below). precision: of the encoder.
     """
 
-    def __init__(self, folder: WanFolder, cache: Path, length: int, dtype: torch.dtype, device: torch.device):
-        self.folder, self.cache, self.length, self.dtype, self.device = folder, cache, length, dtype, device
+    def __init__(self, folder: WanFolder, cache: Path, length: int, precision: str, device: torch.device):
+        self.folder, self.cache, self.length, self.precision, self.device = folder, cache, length, precision, device
         weights = sorted((folder.path / "text_encoder").glob("*.safetensors"))
         self._model_id = ":".join(f"{f.name}-{f.stat().st_size}" for f in weights)
         self._memory: dict[str, torch.Tensor] = {}
 
     def _file(self, prompt: str) -> Path:
-        parts = (self._model_id, str(self.length), str(self.dtype), prompt_clean(prompt))
+        parts = (self._model_id, str(self.length), self.precision, prompt_clean(prompt))
         return self.cache / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
 
     def prepare(self, prompts: Iterable[str], batch_size: int = 16) -> None:
@@ -39,7 +39,7 @@ class TextCache:
         if not missing:
             return
         self.cache.mkdir(parents=True, exist_ok=True)
-        tokenizer, encoder = load_text_encoder(self.folder, self.dtype)
+        tokenizer, encoder = load_text_encoder(self.folder, self.precision)
         encoder.to(self.device)
         for start in range(0, len(missing), batch_size):
             chunk = missing[start : start + batch_size]

@@ -27,6 +27,7 @@ class WanFolder:
 
     path: Path
     name: str  # as the user wrote it
+    hub: bool  # `path` is a snapshot from the hub that so far holds configs alone
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
@@ -62,6 +63,7 @@ def find_folder(name: str, key: str) -> WanFolder:
     Raises:
         ConfigError: not found, not a Wan 2.1 text-to-video folder, or a part of it is missing or broken.
     """
+    hub = False
     if name == WAN_TINY:
         path = Path(str(files("dmdtrain") / "assets" / WAN_TINY))
     else:
@@ -71,7 +73,7 @@ def find_folder(name: str, key: str) -> WanFolder:
                 raise ConfigError(
                     f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}"
                 )
-            path = _download(name, key)
+            path, hub = _download(name, ["*.json", "tokenizer/*"], key), True
     _read_json(path / "model_index.json", name, key)
     configs = {}
     for part, wanted in PARTS.items():
@@ -81,7 +83,7 @@ def find_folder(name: str, key: str) -> WanFolder:
         if wanted and found != wanted:
             raise ConfigError(f"{key}: {name}: {part} is a {found}; it must be a {wanted}")
     for part in ("transformer", "vae", "text_encoder"):
-        if not any((path / part).glob("*.safetensors")):
+        if not hub and not any((path / part).glob("*.safetensors")):
             raise ConfigError(f"{key}: {name}: {part} holds no .safetensors weights")
     transformer, vae = configs["transformer"], configs["vae"]
     if transformer.get("image_dim") or transformer["in_channels"] != vae.get("z_dim", 16):
@@ -91,7 +93,7 @@ def find_folder(name: str, key: str) -> WanFolder:
         )
     if vae.get("scale_factor_temporal", VAE_TEMPORAL_FACTOR) != VAE_TEMPORAL_FACTOR:
         raise ConfigError(f"{key}: {name}: the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan 2.1")
-    return WanFolder(path, name, transformer, vae, configs["scheduler"])
+    return WanFolder(path, name, hub, transformer, vae, configs["scheduler"])
 
 
 def _read_json(file: Path, name: str, key: str) -> dict[str, Any]:
@@ -104,27 +106,41 @@ def _read_json(file: Path, name: str, key: str) -> dict[str, Any]:
         raise ConfigError(f"{key}: {name}: {part} is broken: {error}") from None
 
 
-def _download(name: str, key: str) -> Path:
+def _download(name: str, patterns: list[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds; all mean that the model can not be had
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{key}: {name}: no such folder here, and the hub did not give it: {reason}") from None
 
 
-def load_transformer(folder: WanFolder, dtype: Any, attention: str = "native") -> Any:
-    """A frozen `WanTransformer3DModel`; embedders, norms and modulation stay in float32 whatever `dtype`."""
+def load_transformer(folder: WanFolder, precision: str, attention: str = "native") -> Any:
+    """A frozen `WanTransformer3DModel`.
+
+    precision: fp32, bf16, or int8, which makes the blocks' linear layers int8 over bf16. Time embedder, norms and
+    modulation stay in float32 whatever it is.
+    """
     from diffusers import WanTransformer3DModel
 
-    model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=_dtype(precision))
+    if precision == "int8":
+        from dmdtrain.models.quantize import quantize_linears
+
+        quantize_linears(model.blocks)
     if attention != "native":  # what it is already
         try:
             model.set_attention_backend(attention)
         except (ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"model.attention: {attention}: {str(error).splitlines()[0]}") from None
     return model.requires_grad_(False).eval()
+
+
+def _dtype(precision: str) -> Any:
+    import torch
+
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def load_vae(folder: WanFolder) -> Any:
@@ -135,13 +151,17 @@ def load_vae(folder: WanFolder) -> Any:
     return _loaded(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
 
 
-def load_text_encoder(folder: WanFolder, dtype: Any) -> tuple[Any, Any]:
-    """(tokenizer, frozen UMT5 encoder)."""
+def load_text_encoder(folder: WanFolder, precision: str) -> tuple[Any, Any]:
+    """(tokenizer, frozen UMT5 encoder); precision as in `load_transformer`."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
+    encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
+    if precision == "int8":
+        from dmdtrain.models.quantize import quantize_linears
+
+        quantize_linears(encoder)
     return AutoTokenizer.from_pretrained(folder.path / "tokenizer"), encoder.requires_grad_(False).eval()
 
 
@@ -155,6 +175,8 @@ def load_scheduler(folder: WanFolder, shift: float | None = None) -> Any:
 
 
 def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
+    if folder.hub:
+        _download(folder.name, [f"{part}/*"], part)
     try:
         return cls.from_pretrained(folder.path, subfolder=part, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

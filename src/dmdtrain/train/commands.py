@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def _timesteps(text: str | None, run: setup.Run) -> list[float]:
     return [float(t) for t in checked]
 
 
+def _free_name(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3 ... that is not there yet."""
+    names = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+    return next(name for name in itertools.chain([folder], names) if not name.exists())
+
+
 def validate(
     *,
     ckpt: Path,
@@ -61,9 +68,9 @@ def validate(
     texts = texts[:count]
     seed = settings.seed if seed is None else seed
     weights = _pick_weights(ckpt, weights)
-    folder = out or ckpt.parent.parent / "validate" / ckpt.name
-    if (folder / "results.json").exists() and out is not None:
-        raise ConfigError(f"--out: {out} already holds results; choose another folder")
+    folder = out or _free_name(run.output_dir / "validate" / ckpt.name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out: {folder} exists and is not an empty folder; choose another")
 
     renderer = _renderer(run, ckpt, weights)
     shape = run.validation_latent_shape

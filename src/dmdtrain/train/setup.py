@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, check_num_frames, parse_resolution
@@ -21,7 +22,6 @@ from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.optim import trained_dtype
 
 GUIDANCE_CONVENTION = "uncond + w (cond - uncond)"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ def resolve(config: Config) -> Run:
             "rollout.causal: true: causal students can not be trained by this version yet; "
             "valid is false (a bidirectional student)"
         )
+    backends = [backend.value for backend in AttentionBackendName]
+    if config.model.attention not in backends:
+        raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join(backends)}")
     base = find_folder(config.model.base, "model.base")
     teacher = base if config.model.teacher is None else find_folder(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
@@ -129,11 +132,11 @@ def device_of_this_machine() -> torch.device:
 def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
     """Loads the models and builds the roles, those in `trained` beside the teacher."""
     config = run.config
-    dtype = DTYPES[config.model.precision]
-    base = load_transformer(run.base, dtype, config.model.attention).to(device)
+    precision = config.model.precision
+    base = load_transformer(run.base, precision, config.model.attention).to(device)
     teacher = None
     if run.teacher.path != run.base.path:
-        teacher = load_transformer(run.teacher, dtype, config.model.attention).to(device)
+        teacher = load_transformer(run.teacher, precision, config.model.attention).to(device)
     weights = trained_dtype(config.optimizer.name)
     targets = tuple(config.student.targets)
     specs: dict[str, AdapterSpec | None] = {"student": None, "fake_score": None}
@@ -158,8 +161,8 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
 
 def text_cache(run: Run, device: torch.device) -> TextCache:
     config = run.config
-    dtype = DTYPES[config.model.text_encoder_precision]
-    return TextCache(run.base, run.output_dir / "cache" / "text", config.data.max_sequence_length, dtype, device)
+    cache = run.output_dir / "cache" / "text"
+    return TextCache(run.base, cache, config.data.max_sequence_length, config.model.text_encoder_precision, device)
 
 
 def load_run(ckpt: Path) -> Run:

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from rich.console import Console
@@ -178,9 +179,11 @@ class Trainer:
         numbers = {key: float(value) for key, value in values.items()}
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
-        if self.device.type == "cuda":
-            numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return numbers
+        # Peak so far: of the GPU, or of the process (Linux counts in KiB).
+        peak = (
+            torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        )
+        return numbers | {"memory_gib": peak / 2**30}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
