@@ -224,7 +224,8 @@ def test_resolution_is_checked_against_the_model(refused_fit):
 
 def test_warped_steps_are_resolved_with_the_models_shift(config_file):
     """Shift 3 of the model's scheduler: 500 -> 3 * 0.5 / (1 + 2 * 0.5) = 750."""
-    result = run_cli("fit", config_file({"dmd.denoising_steps": [1000, 500], "dmd.warp_denoising_steps": True}))
+    file = config_file({"dmd.denoising_steps": [1000, 500], "dmd.warp_denoising_steps": True})
+    result = run_cli("fit", file, "--dry-run")
     assert "timesteps       1000, 750 (sigmas 1.0000, 0.7500)" in result.stdout
 
 
@@ -405,8 +406,15 @@ def test_targets_that_match_nothing(config_file):
     )
 
 
+@bug("config.yaml is written before the models are built: the same output_dir `belongs to another run` from then on")
+def test_a_corrected_mistake_can_start(config_file):
+    refused("fit", config_file({"student.targets": ["nowhere"]}), says=["student.targets: nowhere: "])
+    result = run_cli("fit", config_file(), "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
 def test_an_attention_backend_that_does_not_exist(config_file):
-    refused("fit", config_file({"model.attention": "slow"}), says=["model.attention: slow: valid are native, "])
+    refused("fit", config_file({"model.attention": "slow"}), says=["model.attention: slow: valid are ", "native"])
 
 
 def test_output_folders_that_are_taken(settings, config_file, tmp_path):

@@ -334,7 +334,7 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         # names
         ("student.kind", "dora", "'dora': valid are lora or full"),
         ("fake_score.kind", "none", "'none': valid are lora or full"),
-        ("model.precision", "fp16", "'fp16': valid are fp32 or bf16"),
+        ("model.precision", "fp16", "'fp16': valid are fp32, bf16 or int8"),
         ("train.mixed_precision", "fp16", "'fp16': valid are no or bf16"),
         ("optimizer.name", "sgd", "'sgd': valid are adamw, adamw_bf16 or adamw8bit"),
         ("optimizer.grad_clip_method", "l1", "'l1': valid are norm or value"),
@@ -401,6 +401,13 @@ def test_steps_outside_0_to_1000(refusal, key, steps):
 def test_guidance_of_exactly_0_and_1_is_fine(load_text):
     for scale in (0, 1, 1.5):
         assert load_text(f"dmd: {{real_score_guidance_scale: {scale}}}").dmd.real_score_guidance_scale == scale
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score"])
+def test_an_int8_base_can_not_be_trained_whole(refusal, load_text, role):
+    message = refusal(f"model: {{precision: int8}}\n{role}: {{kind: full}}")
+    assert message.startswith(f"{role}.kind: full can not be trained on model.precision int8; valid is lora")
+    assert load_text("model: {precision: int8}").model.precision == "int8"
 
 
 def test_disabled_ema_can_not_be_validated(refusal, load_text):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -51,13 +51,18 @@ class BlockLayout:
         return cls((num_frames,))
 
     @classmethod
-    def blocks(cls, num_frames: int, num_frame_per_block: int, independent_first_frame: bool = False) -> BlockLayout:
-        """Equal blocks, after a first one of a single frame where `independent_first_frame`."""
+    def blocks(
+        cls, num_frames: int, num_frame_per_block: int, independent_first_frame: bool = False, short_last: bool = False
+    ) -> BlockLayout:
+        """Equal blocks, after a first one of a single frame where `independent_first_frame`.
+
+        short_last: what is left over becomes a shorter last block (for sampling); otherwise ValueError.
+        """
         first = (1,) if independent_first_frame else ()
         count, rest = divmod(num_frames - len(first), num_frame_per_block)
-        if rest:
+        if rest and not short_last:
             raise ValueError(f"{num_frames} latent frames do not divide into blocks of {num_frame_per_block}")
-        return cls((*first, *[num_frame_per_block] * count))
+        return cls((*first, *[num_frame_per_block] * count, *[rest] * bool(rest)))
 
     @property
     def num_frames(self) -> int:
@@ -178,12 +183,11 @@ def replay_backward(denoise: Denoiser, records: Sequence[ExitRecord], grad_x0: t
 
 
 def sample(
-    denoise: Denoiser,
-    noise: torch.Tensor,
-    timesteps: Sequence[float],
-    layout: BlockLayout,
-    on_step: Callable[[], None] | None = None,
+    denoise: Denoiser, noise: torch.Tensor, timesteps: Sequence[float], layout: BlockLayout, **options: Any
 ) -> torch.Tensor:
-    """Few-step sampling: the rollout in which every block goes through all steps. Returns x0 [B, C, T, H, W]."""
+    """Few-step sampling: the rollout in which every block goes through all steps. Returns x0 [B, C, T, H, W].
+
+    Arguments and options are `rollout`'s.
+    """
     exit_steps = [len(timesteps) - 1] * len(layout.sizes)
-    return rollout(denoise, noise, timesteps, layout, exit_steps, on_step=on_step).x0
+    return rollout(denoise, noise, timesteps, layout, exit_steps, **options).x0

@@ -20,6 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dmdtrain.models.causal import CausalView, install
+
 RoleName = Literal["teacher", "student", "fake_score"]
 
 
@@ -56,7 +58,8 @@ class Roles:
         base: the student's base. Frozen; a role that is trained whole gets its own copy.
         teacher: another teacher, or None for the base itself.
         trained: "student" and, in training, "fake_score": an adapter on `base`, or None for a full copy in `full_dtype`.
-        adapter_dtype: of LoRA weights. init_lora_weights: False makes LoRA B random instead of zero (for tests).
+        adapter_dtype: of LoRA weights. causal: the student's passes may be given a `CausalView`.
+        init_lora_weights: False makes LoRA B random instead of zero (for tests).
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Roles:
         trained: dict[str, AdapterSpec | None],
         full_dtype: torch.dtype = torch.float32,
         adapter_dtype: torch.dtype = torch.float32,
+        causal: bool = False,
         gradient_checkpointing: bool = False,
         init_lora_weights: bool = True,
     ):
@@ -88,36 +92,44 @@ class Roles:
                 parameter.requires_grad_(True)
         self._layers = {id(role.module): _tuner_layers(role.module) for role in self.roles.values()}
         self._active: dict[int, str | None] = {}
+        student = self.roles["student"].module if causal else None
+        self._holders = {id(student): install(student)} if causal else {}
         for role in self.roles.values():
-            self._switch(role.module, None)
+            self._switch(role.module, None, None)
             role.module.eval()
             if gradient_checkpointing:
                 role.module.enable_gradient_checkpointing(self._checkpoint_of(role.module))  # type: ignore[operator]
 
-    def _switch(self, module: nn.Module, adapter: str | None) -> None:
+    def _switch(self, module: nn.Module, adapter: str | None, view: CausalView | None) -> None:
         if self._active.get(id(module), "") != adapter:
             _activate(self._layers[id(module)], adapter)
             self._active[id(module)] = adapter
+        if id(module) in self._holders:
+            self._holders[id(module)].view = view
+
+    def _state(self, module: nn.Module) -> tuple[str | None, CausalView | None]:
+        holder = self._holders.get(id(module))
+        return self._active[id(module)], holder.view if holder is not None else None
 
     @contextmanager
-    def active(self, module: nn.Module, adapter: str | None) -> Iterator[None]:
-        """Inside, `module` applies `adapter` (None: none at all); afterwards what it applied before."""
-        before = self._active[id(module)]
-        self._switch(module, adapter)
+    def active(self, module: nn.Module, adapter: str | None, view: CausalView | None = None) -> Iterator[None]:
+        """Inside, `module` applies `adapter` (None: none at all) and sees `view`; afterwards as before."""
+        before = self._state(module)
+        self._switch(module, adapter, view)
         try:
             yield
         finally:
-            self._switch(module, before)
+            self._switch(module, *before)
 
     def _checkpoint_of(self, module: nn.Module) -> Any:
-        """A checkpoint function that re-enters the role of the forward. The role is captured in the closure: CUDA runs
-        backward on another thread."""
+        """A checkpoint function that re-enters the role and the view of the forward. Both are captured in the closure: CUDA
+        runs backward on another thread."""
 
         def checkpointed(block: Any, *args: Any) -> Any:
-            adapter = self._active[id(module)]
+            state = self._state(module)
 
             def run(*inputs: Any) -> Any:
-                with self.active(module, adapter):
+                with self.active(module, *state):
                     return block(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)
@@ -125,12 +137,17 @@ class Roles:
         return checkpointed
 
     def flow(
-        self, name: RoleName, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+        self,
+        name: RoleName,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        view: CausalView | None = None,
     ) -> torch.Tensor:
         """Flow of a role. latents: [B, C, T, H, W], timestep: [B] in [0, 1000], context: [B, L, D] -> [B, C, T, H, W]."""
         role = self.roles[name]
         dtype = role.module.patch_embedding.weight.dtype  # type: ignore[union-attr]
-        with self.active(role.module, role.adapter):
+        with self.active(role.module, role.adapter, view):
             return role.module(latents.to(dtype), timestep, context.to(dtype), return_dict=False)[0]
 
     def named_parameters(self, name: RoleName | str) -> dict[str, nn.Parameter]:

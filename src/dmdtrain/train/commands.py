@@ -134,6 +134,9 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
     write_lora(out, values, student.alpha / student.rank, file_format, run.sampling())
     console.print(f"wrote {out}", soft_wrap=True)
+    if run.config.rollout.causal:
+        console.print("a causal student is sampled block by block: no scheduler for the stock pipeline", soft_wrap=True)
+        return
     scheduler = stock_scheduler(run.timesteps)
     listed = ", ".join(f"{t:g}" for t in run.timesteps)
     if scheduler is None:

@@ -58,6 +58,9 @@ class Run:
             "guidance_scale": 1.0,
             "guidance_convention": GUIDANCE_CONVENTION,
             "causal": self.config.rollout.causal,
+            "num_frame_per_block": self.config.rollout.num_frame_per_block if self.config.rollout.causal else None,
+            "independent_first_frame": self.config.rollout.causal and self.config.rollout.independent_first_frame,
+            "context_noise": self.config.rollout.context_noise if self.config.rollout.causal else None,
             "max_sequence_length": self.config.data.max_sequence_length,
         }
 
@@ -68,11 +71,6 @@ def resolve(config: Config) -> Run:
     Raises:
         ConfigError: with the key, what it is and what would be valid.
     """
-    if config.rollout.causal:
-        raise ConfigError(
-            "rollout.causal: true: causal students can not be trained by this version yet; "
-            "valid is false (a bidirectional student)"
-        )
     backends = [backend.value for backend in AttentionBackendName]
     if config.model.attention not in backends:
         raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join(backends)}")
@@ -88,6 +86,8 @@ def resolve(config: Config) -> Run:
     frames = config.rollout.num_training_frames
     if frames > rope:
         raise ConfigError(f"rollout.num_training_frames: {frames}: the model has positions for {rope} latent frames")
+    if config.rollout.causal and base.transformer["patch_size"][0] != 1:
+        raise ConfigError(f"rollout.causal: true: {base.name} has patches of several frames; valid is false")
     try:
         size = parse_resolution(
             config.data.resolution, config.data.aspect_ratio, base.size_multiple, key="data.resolution"
@@ -108,9 +108,19 @@ def resolve(config: Config) -> Run:
         validation_prompts=validation_prompts[: config.validation.count],
         timesteps=timesteps,
         validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
-        layout=BlockLayout.single(frames),
+        layout=block_layout(config, frames),
         latent_shape=base.latent_shape(frames, *size),
         validation_latent_shape=base.latent_shape(latent_frames(config.validation.num_frames), *validation_size),
+    )
+
+
+def block_layout(config: Config, num_frames: int) -> BlockLayout:
+    """Temporal blocks of `num_frames` latent frames; what does not fill a block becomes a shorter last one."""
+    settings = config.rollout
+    if not settings.causal:
+        return BlockLayout.single(num_frames)
+    return BlockLayout.blocks(
+        num_frames, settings.num_frame_per_block, settings.independent_first_frame, short_last=True
     )
 
 
@@ -152,6 +162,7 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
             teacher=teacher,
             trained={n: specs[n] for n in trained},
             full_dtype=weights,
+            causal=config.rollout.causal,
             adapter_dtype=weights,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
@@ -218,6 +229,11 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
         f"{config.train.gradient_accumulation}); fake score every step, student {updates}",
         f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation",
     ]
+    if config.rollout.causal:
+        lines.append(
+            "warning         a causal student that starts from a bidirectional base needs a warm-up, which this version "
+            "does not have: expect poor videos"
+        )
     if roles is not None:
         for name in ("student", "fake_score"):
             kind = getattr(config, name).kind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,8 +11,9 @@ import torch
 from dmdtrain import dmd
 from dmdtrain.config import Config
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
+from dmdtrain.models.causal import CausalView, KVCache
 from dmdtrain.models.roles import RoleName, Roles
-from dmdtrain.rollout import BlockLayout, RolloutResult, draw_exit_steps, draw_noise, replay_backward, rollout
+from dmdtrain.rollout import BlockLayout, Denoiser, RolloutResult, draw_exit_steps, draw_noise, replay_backward, rollout
 
 Stats = dict[str, torch.Tensor]
 
@@ -25,6 +28,7 @@ class Draws:
     score_timestep: torch.Tensor  # [n]
     uncaptioned: torch.Tensor  # [n] bool: fake-score samples without their caption
     exit_steps: list[int]  # per block
+    context_noise: torch.Tensor | None  # [n, C, T, H, W], where finished blocks are noised in the cache
 
     def rows(self, start: int, stop: int) -> Draws:
         return replace(
@@ -33,11 +37,27 @@ class Draws:
             score_noise=self.score_noise[start:stop],
             score_timestep=self.score_timestep[start:stop],
             uncaptioned=self.uncaptioned[start:stop],
+            context_noise=None if self.context_noise is None else self.context_noise[start:stop],
         )
 
     def to(self, device: torch.device) -> Draws:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Draws(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+
+def student_denoiser(
+    roles: Roles, context: torch.Tensor, cache: KVCache | None, autocast: Callable[[], AbstractContextManager]
+) -> Denoiser:
+    """The student with its prompt. With a cache, each pass sees its block and, through the cache, what came before."""
+
+    def denoise(
+        latents: torch.Tensor, timestep: torch.Tensor, *, frames: slice, write_cache: bool = False
+    ) -> torch.Tensor:
+        view = None if cache is None else CausalView(cache, frames, write_cache)
+        with autocast():
+            return roles.flow("student", latents, timestep, context, view)
+
+    return denoise
 
 
 class Distiller:
@@ -97,26 +117,24 @@ class Distiller:
         )
         score_noise = torch.randn((n, *self.latent_shape), generator=generator)
         uncaptioned = torch.rand(n, generator=generator) < dropout
-        return Draws(noise, score_noise, score_timestep, uncaptioned, exit_steps)
+        noisy_context = self.config.rollout.causal and self.config.rollout.context_noise > 0
+        context_noise = torch.randn((n, *self.latent_shape), generator=generator) if noisy_context else None
+        return Draws(noise, score_noise, score_timestep, uncaptioned, exit_steps, context_noise)
 
-    def _roll_out(self, context: torch.Tensor, draws: Draws) -> RolloutResult:
+    def _roll_out(self, student: Denoiser, draws: Draws) -> RolloutResult:
         return rollout(
-            self._student(context),
+            student,
             draws.noise,
             self.timesteps,
             self.layout,
             draws.exit_steps,
             context_timestep=self.config.rollout.context_noise,
+            context_noise=draws.context_noise,
         )
 
-    def _student(self, context: torch.Tensor):
-        def denoise(
-            latents: torch.Tensor, timestep: torch.Tensor, *, frames: slice, write_cache: bool = False
-        ) -> torch.Tensor:
-            with self.autocast():
-                return self.roles.flow("student", latents, timestep, context)
-
-        return denoise
+    def _student(self, context: torch.Tensor) -> Denoiser:
+        cache = KVCache(self.layout.num_frames) if self.config.rollout.causal else None
+        return student_denoiser(self.roles, context, cache, self.autocast)
 
     def _score(
         self, name: RoleName, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float
@@ -142,7 +160,8 @@ class Distiller:
             scalars, each the micro-batch's mean.
         """
         settings = self.config.dmd
-        result = self._roll_out(context, draws)
+        student = self._student(context)
+        result = self._roll_out(student, draws)
         x0 = result.x0
         with torch.no_grad():
             noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
@@ -159,12 +178,12 @@ class Distiller:
             "x0_mean": x0.mean(),
             "x0_std": x0.std(),
         }
-        replay_backward(self._student(context), result.records, dmd.dmd_loss_gradient(gradient) * weight)
+        replay_backward(student, result.records, dmd.dmd_loss_gradient(gradient) * weight)
         return stats
 
     def critic_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
         """Accumulates the fake score's gradient over one micro-batch; arguments as in `student_backward`."""
-        x0 = self._roll_out(context, draws).x0
+        x0 = self._roll_out(self._student(context), draws).x0
         noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
         seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
         with self.autocast():

@@ -18,11 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dmdtrain.dmd import guide
 from dmdtrain.miniature import clips, scorer
+from dmdtrain.models.causal import KVCache
 from dmdtrain.models.encode import TextCache, decode_latents
-from dmdtrain.models.roles import RoleName, Roles
+from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import load_scheduler, load_vae
-from dmdtrain.rollout import BlockLayout, draw_noise, sample
-from dmdtrain.train.setup import Run
+from dmdtrain.rollout import BlockLayout, Denoiser, draw_noise, sample
+from dmdtrain.train.setup import Run, block_layout
+from dmdtrain.train.step import student_denoiser
 
 Autocast = Callable[[], AbstractContextManager]
 BATCH_TOKENS = 8192  # tokens of one sampling batch: many tiny videos, or one large
@@ -41,21 +43,10 @@ class Renderer:
         size = max(1, BATCH_TOKENS // tokens)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _flow(self, role: RoleName, prompts: list[str], guidance: float, negative: str) -> Callable[..., torch.Tensor]:
+    def _contexts(self, prompts: list[str], negative: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the prompts and of the negative prompt, each [N, L, D]."""
         self.text.prepare([*prompts, negative])
-        context = self.text.get(prompts)
-        uncond = self.text.get([negative]).expand(len(prompts), -1, -1)
-
-        def flow(
-            latents: torch.Tensor, timestep: torch.Tensor, *, frames: slice | None = None, write_cache: bool = False
-        ) -> torch.Tensor:
-            with self.autocast():
-                cond = self.roles.flow(role, latents, timestep, context).float()
-                if guidance in (0, 1):
-                    return cond
-                return guide(cond, self.roles.flow(role, latents, timestep, uncond).float(), guidance)
-
-        return flow
+        return self.text.get(prompts), self.text.get([negative]).expand(len(prompts), -1, -1)
 
     def student(
         self,
@@ -73,9 +64,28 @@ class Renderer:
             noise = torch.cat(
                 [draw_noise(len(timesteps), (1, *shape), torch.Generator().manual_seed(seed + i)) for i in rows], 1
             ).to(self.text.device)
-            flow = self._flow("student", [prompts[i] for i in rows], guidance, negative)
-            parts.append(sample(flow, noise, timesteps, BlockLayout.single(shape[1]), on_step))
+            layout = block_layout(self.run.config, shape[1])
+            contexts = self._contexts([prompts[i] for i in rows], negative)
+            cond, uncond = (self._student(context, layout) for context in contexts)
+            denoise = cond if guidance in (0, 1) else _guided(cond, uncond, guidance)
+            settings = self.run.config.rollout
+            # The noise of the cached context is the block's own starting noise: fixed by the seed like everything else.
+            parts.append(
+                sample(
+                    denoise,
+                    noise,
+                    timesteps,
+                    layout,
+                    context_timestep=settings.context_noise,
+                    context_noise=noise[0],
+                    on_step=on_step,
+                )
+            )
         return torch.cat(parts)
+
+    def _student(self, context: torch.Tensor, layout: BlockLayout) -> Denoiser:
+        cache = KVCache(layout.num_frames) if self.run.config.rollout.causal else None
+        return student_denoiser(self.roles, context, cache, self.autocast)
 
     @torch.no_grad()
     def teacher(
@@ -94,12 +104,16 @@ class Renderer:
             latents = torch.cat(
                 [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows]
             ).to(self.text.device)
-            flow = self._flow("teacher", [prompts[i] for i in rows], guidance, negative)
+            cond, uncond = self._contexts([prompts[i] for i in rows], negative)
             scheduler = load_scheduler(self.run.teacher, self.run.config.model.flow_shift)
             scheduler.set_timesteps(steps, device=self.text.device)
             for timestep in scheduler.timesteps:
-                prediction = flow(latents, timestep.expand(len(latents)).float())
-                latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                t = timestep.expand(len(latents)).float()
+                with self.autocast():
+                    flow = self.roles.flow("teacher", latents, t, cond).float()
+                    if guidance not in (0, 1):
+                        flow = guide(flow, self.roles.flow("teacher", latents, t, uncond).float(), guidance)
+                latents = scheduler.step(flow, timestep, latents, return_dict=False)[0]
                 if on_step is not None:
                     on_step()
             parts.append(latents)
@@ -115,6 +129,18 @@ class Renderer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return torch.cat(videos)
+
+
+def _guided(cond: Denoiser, uncond: Denoiser, scale: float) -> Denoiser:
+    """Both denoisers in standard-form guidance, each with its own cache."""
+
+    def denoise(
+        latents: torch.Tensor, timestep: torch.Tensor, *, frames: slice, write_cache: bool = False
+    ) -> torch.Tensor:
+        flows = [side(latents, timestep, frames=frames, write_cache=write_cache).float() for side in (cond, uncond)]
+        return guide(flows[0], flows[1], scale)
+
+    return denoise
 
 
 def score(videos: torch.Tensor, prompts: list[str]) -> dict[str, float] | None:

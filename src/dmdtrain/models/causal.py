@@ -1,0 +1,164 @@
+"""Block-causal attention for a Wan transformer: a KV cache, RoPE at absolute frame positions, cross-attention K/V per prompt.
+
+A pass with a `CausalView` sees one temporal block: its queries attend to the cached keys and values of earlier frames and to
+the block itself. That equals one forward of all frames under a block-causal mask. A pass without a view is the stock model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import nn
+
+
+class KVCache:
+    """Keys and values of finished frames, per layer, as tensors [B, frames * tokens per frame, heads, head dim].
+
+    The tensors are made by the first write, in the data type and on the device of what is written. `cross` holds the
+    prompt's keys and values per layer, for passes without gradient.
+    """
+
+    def __init__(self, num_frames: int):
+        self.num_frames = num_frames
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cross: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def read(self, layer: int, num_frames: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of the first `num_frames` frames; None where there are none."""
+        if num_frames == 0:
+            return None
+        keys, values = self._layers[layer]
+        tokens = keys.shape[1] // self.num_frames * num_frames
+        return keys[:, :tokens], values[:, :tokens]
+
+    def write(self, layer: int, frames: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        assert not torch.is_grad_enabled(), "the cache never sees a graph"
+        tokens = keys.shape[1] // (frames.stop - frames.start)
+        if layer not in self._layers:
+            shape = (keys.shape[0], self.num_frames * tokens, *keys.shape[2:])
+            self._layers[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
+        for store, new in zip(self._layers[layer], (keys, values), strict=True):
+            store[:, frames.start * tokens : frames.stop * tokens] = new
+
+
+@dataclass(frozen=True)
+class CausalView:
+    """What one pass sees of the video: its own frames and, through the cache, those before them."""
+
+    cache: KVCache
+    frames: slice
+    write: bool = False
+
+
+@dataclass
+class ViewHolder:
+    """The view of the pass that is running; shared by the processors and the RoPE of one transformer."""
+
+    view: CausalView | None = field(default=None)
+
+
+class CausalSelfAttention:
+    """Processor of a self-attention layer. Without a view it is the stock one."""
+
+    def __init__(self, layer: int, holder: ViewHolder, stock: WanAttnProcessor):
+        self.layer, self.holder, self.stock = layer, holder, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        view = self.holder.view
+        if view is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        assert rotary_emb is not None
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        query, key = (_rotate(x, *rotary_emb) for x in (query, key))
+        if view.write:
+            view.cache.write(self.layer, view.frames, key, value)
+        past = view.cache.read(self.layer, view.frames.start)
+        if past is not None:
+            key, value = torch.cat([past[0], key], 1), torch.cat([past[1], value], 1)
+        return _attend(attn, self.stock, query, key, value)
+
+
+class CachedCrossAttention:
+    """Processor of a cross-attention layer that keeps the prompt's K/V for passes without gradient."""
+
+    def __init__(self, layer: int, holder: ViewHolder, stock: WanAttnProcessor):
+        self.layer, self.holder, self.stock = layer, holder, stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        view = self.holder.view
+        # With gradients the weights of to_k and to_v need their own pass: a cache would starve them.
+        if view is None or torch.is_grad_enabled():
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if self.layer not in view.cache.cross:
+            key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
+            value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+            view.cache.cross[self.layer] = (key, value)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        return _attend(attn, self.stock, query, *view.cache.cross[self.layer])
+
+
+class OffsetRope(nn.Module):
+    """The model's own rotary embedding, at the frames of the view instead of at frame 0."""
+
+    def __init__(self, rope: nn.Module, holder: ViewHolder):
+        super().__init__()
+        self.rope, self.holder = rope, holder
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        view = self.holder.view
+        if view is None:
+            return self.rope(hidden_states)
+        # Only the shape is read: a view of one frame, expanded, stands for all frames up to the block's end.
+        whole = hidden_states[:1, :, :1].expand(-1, -1, view.frames.stop, -1, -1)
+        cos, sin = self.rope(whole)
+        tokens = cos.shape[1] // view.frames.stop * view.frames.start
+        return cos[:, tokens:], sin[:, tokens:]
+
+
+def install(transformer: Any) -> ViewHolder:
+    """Puts the processors and the RoPE into a `WanTransformer3DModel`; what they do depends on the returned holder.
+
+    Raises:
+        ValueError: the model's patches span several frames.
+    """
+    if transformer.config.patch_size[0] != 1:
+        raise ValueError(f"patch_size {transformer.config.patch_size}: causal students need patches of one frame")
+    holder = ViewHolder()
+    for layer, block in enumerate(transformer.blocks):
+        block.attn1.set_processor(CausalSelfAttention(layer, holder, block.attn1.processor))
+        block.attn2.set_processor(CachedCrossAttention(layer, holder, block.attn2.processor))
+    transformer.rope = OffsetRope(transformer.rope, holder)
+    return holder
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [B, L, heads, head dim]: pairs (2i, 2i + 1) turned by the angle of their position."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+
+
+def _attend(attn: Any, stock: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention by the backend that the stock processor was given, then the output projection."""
+    out = dispatch_attention_fn(query, key, value, backend=stock._attention_backend).flatten(2, 3).type_as(query)
+    return attn.to_out[1](attn.to_out[0](out))

@@ -1,0 +1,291 @@
+"""Text embeddings and decoding against WanPipeline; what validation writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from dmdtrain.config import ConfigError
+from dmdtrain.miniature import clips
+from dmdtrain.models.encode import TextCache, decode_latents
+from dmdtrain.models.wan import WanFolder, find_folder, load_scheduler, load_vae
+from dmdtrain.train.validation import contact_sheet, gif_bytes, score, to_frames, write_mp4, write_samples
+
+LENGTH = 12
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a red cat runs",
+    "a red dog",
+    "",
+    "  a   red\n\tcat  ",  # cleaned to "a red cat"
+    "a cat &amp;amp; a dog",  # escaped twice
+    "a cat &lt;runs&gt; on grass",
+    "a &quot;blue&quot; dog \u201csleeps\u201d \ufb01n \u00e2\u20ac\u201d",  # a ligature and a broken dash for ftfy
+    "an unknown word",
+    "a cat " * 40,  # truncated
+    "a cat runs on grass on grass on grass",
+]
+
+
+@pytest.fixture
+def folder(wan_folder) -> WanFolder:
+    return find_folder(str(wan_folder), "model.base")
+
+
+@pytest.fixture(scope="module")
+def pipeline(wan_folder) -> WanPipeline:
+    pipeline = WanPipeline.from_pretrained(wan_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def cache(folder: WanFolder, path, length: int = LENGTH, precision: str = "fp32") -> TextCache:
+    return TextCache(folder, path, length, precision, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [8, LENGTH, 64])
+def test_embeddings_are_the_pipelines(folder, pipeline, tmp_path, length):
+    text = cache(folder, tmp_path, length)
+    text.prepare(PROMPTS)
+    ours = text.get(PROMPTS)
+    theirs, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=length)
+    assert ours.shape == theirs.shape == (len(PROMPTS), length, 16)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, theirs)
+    assert len({row.numpy().tobytes() for row in ours}) == len(PROMPTS)  # no two are the same
+
+
+@torch.no_grad()
+def test_embeddings_of_an_encoder_in_bf16(folder, wan_folder, tmp_path):
+    pipeline = WanPipeline.from_pretrained(wan_folder, vae=None, transformer=None, torch_dtype=torch.bfloat16)
+    text = cache(folder, tmp_path, precision="bf16")
+    text.prepare(PROMPTS)
+    theirs, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(text.get(PROMPTS), theirs.float())
+
+
+def test_cleaning_and_truncation(folder, tmp_path):
+    text = cache(folder, tmp_path)
+    text.prepare(PROMPTS)
+    text.prepare(["a red cat", "a cat & a dog"])
+    assert torch.equal(text.get([PROMPTS[3]]), text.get(["a red cat"]))
+    assert torch.equal(text.get([PROMPTS[4]]), text.get(["a cat & a dog"]))
+    rows = {prompt: text.get([prompt])[0] for prompt in PROMPTS}
+
+    def tokens(prompt: str) -> int:
+        return int((rows[prompt].abs().sum(-1) > 0).sum())
+
+    assert tokens("a red cat runs") == 5  # with the end token
+    assert tokens("") == 1
+    assert tokens("a cat " * 40) == LENGTH
+    assert (rows["a red dog"][4:] == 0).all() and (rows["a red dog"][:4] != 0).any(-1).all()
+
+
+def test_order_batches_and_repeats_do_not_matter(folder, tmp_path):
+    text = cache(folder, tmp_path / "one")
+    text.prepare(PROMPTS)
+    other = cache(folder, tmp_path / "two")
+    other.prepare([*PROMPTS[::-1], *PROMPTS], batch_size=3)
+    assert sorted(f.name for f in (tmp_path / "one").iterdir()) == sorted(f.name for f in (tmp_path / "two").iterdir())
+    order = [4, 1, 1, 9, 0]
+    torch.testing.assert_close(other.get([PROMPTS[i] for i in order]), text.get(PROMPTS)[order], rtol=1e-5, atol=1e-6)
+
+
+def test_files_are_kept_to_the_true_length_and_reused(wan_folder, tmp_path):
+    """With the encoder broken, what is cached still comes; what is not asks for the encoder."""
+    copied = tmp_path / "model"
+    shutil.copytree(wan_folder, copied)
+    folder = find_folder(str(copied), "model.base")
+    text = cache(folder, tmp_path / "cache")
+    text.prepare(PROMPTS)
+    wanted = text.get(PROMPTS)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == len({p.strip() for p in PROMPTS}) == len(PROMPTS)
+    assert {f.suffix for f in files} == {".safetensors"}
+    lengths = sorted(len(load_file(f)["embedding"]) for f in files)
+    assert lengths[0] == 1 and lengths[-1] == LENGTH and lengths[4] < LENGTH
+    times = [f.stat().st_mtime_ns for f in files]
+
+    weights = copied / "text_encoder" / "model.safetensors"
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    again = cache(folder, tmp_path / "cache")
+    again.prepare(PROMPTS[::-1])
+    assert torch.equal(again.get(PROMPTS), wanted)
+    assert [f.stat().st_mtime_ns for f in files] == times
+    with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
+        again.prepare(["a new prompt"])
+    for other in (
+        cache(folder, tmp_path / "cache", LENGTH + 1),
+        cache(folder, tmp_path / "cache", LENGTH, "bf16"),
+    ):
+        with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
+            other.prepare(PROMPTS[:1])
+    weights.write_bytes(b"\0" * 5)  # another encoder
+    with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
+        cache(folder, tmp_path / "cache").prepare(PROMPTS[:1])
+
+
+def test_prompts_that_were_not_prepared_are_no_zeros(folder, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cache(folder, tmp_path).get(["a cat"])
+
+
+# ---------------------------------------------------------------------------------------------------- video
+
+
+def test_decoding_is_the_pipelines(folder, pipeline):
+    """The pipeline is handed the latents after its only step, and decodes them."""
+    latents = torch.randn(2, 4, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
+        ["a cat", "a dog"],
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        max_sequence_length=8,
+        callback_on_step_end=lambda pipe, step, timestep, values: {"latents": latents},
+        output_type="pt",
+    ).frames  # [B, T, 3, H, W] in [0, 1]
+    ours = decode_latents(load_vae(folder), latents)
+    assert ours.shape == (2, 3, 9, 32, 48) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours / 2 + 0.5, theirs.permute(0, 2, 1, 3, 4), rtol=0, atol=1e-5)
+    assert ours.std() > 0.01
+    assert not torch.allclose(ours, decode_latents(load_vae(folder), latents * 0.5), atol=1e-3)
+
+
+def test_the_folders_scheduler_with_another_shift(folder):
+    assert load_scheduler(folder).config.shift == folder.flow_shift == 3.0
+    scheduler = load_scheduler(folder, 8.0)
+    scheduler.set_timesteps(2)
+    assert scheduler.config.shift == 8.0
+    # The scheduler's smallest sigma, 1/1000, is shifted twice: when it is built and when it is asked for steps.
+    assert scheduler.timesteps[0] == 1000
+
+
+def test_flow_shift_of_the_released_scheduler(folder, tmp_path, wan_folder):
+    """Wan's own folders name it flow_shift."""
+    shutil.copytree(wan_folder, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "scheduler")
+    released = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    released.save_pretrained(tmp_path / "model" / "scheduler")
+    folder = find_folder(str(tmp_path / "model"), "model.base")
+    assert folder.flow_shift == 5.0
+    assert isinstance(load_scheduler(folder, 8.0), UniPCMultistepScheduler)
+    assert load_scheduler(folder, 8.0).config.flow_shift == 8.0
+    assert load_scheduler(folder).config.flow_shift == 5.0
+
+
+def gradient_video(frames: int, height: int, width: int) -> torch.Tensor:
+    """[3, T, H, W]: red rises from left to right, green from top to bottom, blue with time."""
+    video = torch.empty(3, frames, height, width)
+    video[0] = torch.linspace(-1, 1, width)
+    video[1] = torch.linspace(-1, 1, height)[:, None]
+    video[2] = torch.linspace(-1, 1, frames)[:, None, None]
+    return video
+
+
+def test_frames_keep_values_and_enlarge_small_videos():
+    video = gradient_video(5, 32, 48)
+    frames = to_frames(video)
+    assert frames.shape == (5, 128, 192, 3) and frames.dtype == np.uint8
+    assert frames[0, 0, 0].tolist() == [0, 0, 0] and frames[-1, -1, -1].tolist() == [255, 255, 255]
+    assert (frames[:, :4, :4] == frames[:, :1, :1]).all()  # whole factor: a pixel becomes 4 x 4
+    assert to_frames(video, min_edge=33).shape == (5, 64, 96, 3)
+    assert to_frames(gradient_video(1, 128, 160)).shape == (1, 128, 160, 3)
+    middle = to_frames(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).expand(3, 1, 128, 5).contiguous(), min_edge=5)
+    assert middle[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize(("size", "stored"), [((32, 48), (128, 192)), ((144, 160), (144, 160))])
+def test_mp4_files_can_be_played(tmp_path, size, stored):
+    video = gradient_video(9, *size)
+    write_mp4(tmp_path / "a.mp4", video, 12)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.mp4"]
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        (stream,) = container.streams.video
+        assert stream.codec_context.name == "h264" and stream.average_rate == 12
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert frames.shape == (9, *stored, 3)
+    assert np.abs(frames.astype(float) - to_frames(video)).mean() < 4  # colours and order survive
+
+
+def test_gifs_hold_every_frame():
+    with Image.open(io.BytesIO(gif_bytes(gradient_video(7, 32, 32), 8))) as gif:
+        assert (gif.n_frames, gif.size) == (7, (128, 128))
+        assert gif.info["duration"] == pytest.approx(125, abs=5)
+
+
+def test_contact_sheet_shows_prompts_by_models():
+    def flat(*colour: float) -> torch.Tensor:
+        return torch.tensor(colour).view(3, 1, 1, 1).expand(3, 9, 32, 48)
+
+    red, green, blue = (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0)
+    columns = {
+        "teacher": torch.stack([flat(*red), flat(*green)]),
+        "student": torch.stack([flat(*blue), gradient_video(9, 32, 48)]),
+    }
+    sheet = contact_sheet(columns, ["one", "two"], num_shown=3)
+    height, width, gap, line = 64, 96, 8, 16
+    assert sheet.size == (gap + 2 * (3 * width + gap), line + 2 * (line + height + gap))
+
+    def pixel(column: int, row: int, shown: int, x: int = width // 2, y: int = height // 2) -> tuple:
+        left = gap + column * (3 * width + gap) + shown * width
+        return sheet.getpixel((left + x, line + row * (line + height + gap) + line + y))
+
+    for shown in range(3):
+        assert pixel(0, 0, shown) == (255, 0, 0)
+        assert pixel(0, 1, shown) == (0, 255, 0)
+        assert pixel(1, 0, shown) == (0, 0, 255)
+    # First, middle and last frame; upright.
+    assert [pixel(1, 1, shown)[2] for shown in range(3)] == [0, 128, 255]
+    assert pixel(1, 1, 0, x=1, y=1)[:2] == (0, 0) and pixel(1, 1, 0, x=width - 1, y=1)[:2] == (255, 0)
+
+
+def test_score_is_for_the_miniatures_captions_alone():
+    captions = [clips.ALL_CAPTIONS[i] for i in (0, 77, 200)]
+    prompts = [str(c) for c in captions]
+    videos = clips.render(captions, 21, torch.Generator().manual_seed(0))
+    assert score(videos, prompts) == dict.fromkeys(("colour", "shape", "motion", "background", "all"), 1.0)
+    assert score(videos, prompts[::-1])["all"] < 0.5
+    assert score(videos, [*prompts[:2], "a cat"]) is None
+    assert score(videos.repeat_interleave(2, -1), prompts) is None
+    assert score(videos[:, :, :1], prompts) is None
+
+
+def test_samples_are_written_with_their_facts(tmp_path):
+    captions = [clips.ALL_CAPTIONS[i] for i in (5, 130)]
+    prompts = [str(c) for c in captions]
+    videos = clips.render(captions, 9, torch.Generator().manual_seed(0))
+    columns = {"student": videos, "teacher 3 steps": videos * 0}
+    results = write_samples(tmp_path / "out", columns, prompts, {"seed": 4, "é": "ü"}, 8)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "000_student.mp4",
+        "000_teacher_3_steps.mp4",
+        "001_student.mp4",
+        "001_teacher_3_steps.mp4",
+        "contact_sheet.png",
+        "results.json",
+    ]
+    assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == results
+    assert results["seed"] == 4 and results["é"] == "ü" and results["prompts"] == prompts
+    assert results["scores"]["student"]["all"] == 1 and results["scores"]["teacher 3 steps"]["all"] == 0
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        sheet.load()
+        assert sheet.width > 2 * 5 * 64
+    foreign = write_samples(tmp_path / "other", {"student": videos}, ["a cat", "a dog"], {}, 8)
+    assert foreign["scores"] == {}
