@@ -492,7 +492,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/dmdtrain/assets/wan-tiny"))
     parser.add_argument("--stage", choices=["all", "codec", "teacher"], default="all", help="stop after this stage")
     parser.add_argument("--codec-steps", type=int, default=3200)
-    parser.add_argument("--teacher-steps", type=int, default=4500)
+    parser.add_argument("--teacher-steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -236,8 +236,8 @@ def test_warped_steps_are_resolved_with_the_models_shift(config_file):
         ({"model.base": "/no/where"}, ["model.base: /no/where: no such folder; valid are", "wan-tiny"]),
         ({"model.teacher": "/no/where"}, ["model.teacher: /no/where: no such folder; valid are"]),
         (
-            {"rollout.causal": True},
-            ["rollout.causal: true: causal students can not be trained by this version yet; valid is false"],
+            {"rollout.causal": True, "rollout.num_training_frames": 31},
+            ["rollout.num_training_frames: 31 latent frames; it must be a multiple of num_frame_per_block (3)"],
         ),
         ({"rollout.num_training_frames": 2000}, ["rollout.num_training_frames: 2000", "1024 latent frames"]),
         ({"data.prompts": "/no/prompts.txt"}, ["data.prompts: /no/prompts.txt: no such file"]),
@@ -397,6 +397,14 @@ def test_a_codec_that_is_broken_when_it_is_needed(wan_folder, trained, ckpt, tmp
 def test_a_teacher_that_does_not_fit(refused_fit, broken_folder, changes, says):
     folder = broken_folder(edit_json("transformer/config.json", **changes))
     refused_fit({"model.teacher": str(folder)}, says=[f"model.teacher: {folder}: {says}"])
+
+
+def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder):
+    folder = broken_folder(edit_json("transformer/config.json", patch_size=[2, 2, 2]))
+    refused_fit(
+        {"model.base": str(folder), "rollout.causal": True, "rollout.num_training_frames": 6},
+        says=[f"rollout.causal: true: {folder} has patches of several frames; valid is false"],
+    )
 
 
 def test_targets_that_match_nothing(config_file):

@@ -305,7 +305,7 @@ SCHEDULE = [  # ts_schedule, ts_schedule_max, expected for the exit steps of 100
 ]
 
 
-@pytest.mark.parametrize("ts_schedule, ts_schedule_max, expected", SCHEDULE)
+@pytest.mark.parametrize(("ts_schedule", "ts_schedule_max", "expected"), SCHEDULE)
 def test_range_of_score_timesteps(ts_schedule, ts_schedule_max, expected):
     for (start, end), bounds in zip([(1000.0, 757.0), (757.0, 522.0), (522.0, 0.0)], expected, strict=True):
         ours = score_timestep_range(
@@ -320,7 +320,7 @@ def test_range_of_warped_timesteps_is_rounded():
 
 
 @pytest.mark.parametrize(
-    "start, end, settings",
+    ("start", "end", "settings"),
     [
         (522.0, 0.0, dict(ts_schedule=False, ts_schedule_max=True, min_score_timestep=522)),
         (500.4, 499.6, dict(ts_schedule=True, ts_schedule_max=True, min_score_timestep=0)),

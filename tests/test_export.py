@@ -50,8 +50,9 @@ def train(settings, tmp_path):
     The learning rate is huge: Adam's first steps are as long as it says, so the LoRA does much after two of them.
     """
 
-    def run(**dmd):
+    def run(causal: bool = False, **dmd):
         changed = settings | {"dmd": {"generator_update_interval": 1, **dmd}}
+        changed["rollout"] = {"num_training_frames": 3, "causal": causal}
         changed["optimizer"] = {"lr": 0.3, "weight_decay": 0.0}
         changed["train"] = settings["train"] | {"max_steps": 2}
         changed["validation"] = settings["validation"] | {"every": 0}
@@ -179,6 +180,16 @@ def test_steps_that_no_stock_scheduler_walks(train, tmp_path):
     assert "no stock scheduler configuration gives the timesteps 900, 500: none was written" in output
     assert (tmp_path / "lora.safetensors").exists()
     assert not (tmp_path / "lora_scheduler").exists()
+
+
+def test_a_causal_student_gets_no_scheduler(train, tmp_path):
+    """The stock pipeline denoises all frames at once: it would sample something else."""
+    output = run_cli("export-lora", "--ckpt", train(causal=True), "--out", tmp_path / "lora.safetensors")
+    assert "a causal student is sampled block by block" in output
+    assert not (tmp_path / "lora_scheduler").exists()
+    with safe_open(tmp_path / "lora.safetensors", "pt") as opened:
+        sampling = json.loads(opened.metadata()["dmdtrain"])
+    assert (sampling["causal"], sampling["num_frame_per_block"]) == (True, 3)
 
 
 # ---------------------------------------------------------------------------------------------------- parts

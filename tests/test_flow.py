@@ -56,7 +56,7 @@ def test_shift_is_undone_by_its_inverse():
 
 
 @pytest.mark.parametrize(
-    "shift, expected",
+    ("shift", "expected"),
     [(5.0, [1000, 10000 / 11, 5000 / 7]), (8.0, [1000, 16000 / 17, 800])],  # 1000/909/714 and 1000/941/800
 )
 def test_uniform_three_step_lists(shift, expected):

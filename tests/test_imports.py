@@ -40,7 +40,7 @@ def imported(source: str, module: str) -> set[str]:
 
 def parts(names: set[str]) -> set[str]:
     """The parts of dmdtrain among imported names: `dmdtrain.train.step.Draws` -> `train`."""
-    return {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "dmdtrain"}
+    return {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "dmdtrain"}
 
 
 def roots(names: set[str]) -> set[str]:
@@ -73,7 +73,7 @@ def test_nothing_below_training_knows_of_it(part):
 
 
 @pytest.mark.parametrize(
-    "name, ours", [("flow", set()), ("dmd", {"flow"}), ("rollout", {"flow", "dmd"}), ("config", set())]
+    ("name", "ours"), [("flow", set()), ("dmd", {"flow"}), ("rollout", {"flow", "dmd"}), ("config", set())]
 )
 def test_what_pure_modules_import(name, ours):
     _, names = imports_of(SOURCE / f"{name}.py")
@@ -92,7 +92,7 @@ def test_only_the_step_joins_maths_and_models():
 
 
 @pytest.mark.parametrize(
-    "part, source, found",
+    ("part", "source", "found"),
     [
         ("rollout", "import dmdtrain.train.step", {"train"}),
         ("models", "from dmdtrain.train import ema", {"train"}),

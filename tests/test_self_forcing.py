@@ -59,7 +59,7 @@ def test_replay_equals_one_graph_with_constant_context(full, sizes, exits, conte
     context = torch.randn(2, 9, 16, dtype=torch.float64, generator=generator)
     grad_x0 = torch.randn(2, 4, 6, 4, 6, dtype=torch.float64, generator=generator)
 
-    student = student_denoiser(roles, context, KVCache(6), nullcontext)
+    student = student_denoiser(roles, context, KVCache(), nullcontext)
     options = dict(context_timestep=context_timestep, context_noise=context_noise)
     result = rollout(student, noise, STEPS, layout, exits, **options)
     assert not result.x0.requires_grad
@@ -69,7 +69,7 @@ def test_replay_equals_one_graph_with_constant_context(full, sizes, exits, conte
     replayed = gradients(roles)
 
     # One graph: every block's exit step keeps its graph until a single backward over the whole video.
-    cache = KVCache(6)
+    cache = KVCache()
     blocks = []
     for frames, exit_step in zip(layout.slices, exits, strict=True):
 
@@ -105,7 +105,7 @@ def test_later_blocks_depend_on_earlier_ones_and_not_the_other_way_round():
     context = torch.randn(1, 9, 16, dtype=torch.float64)
 
     def run(noise):
-        return sample(student_denoiser(roles, context, KVCache(6), nullcontext), noise, STEPS, BlockLayout((3, 3)))
+        return sample(student_denoiser(roles, context, KVCache(), nullcontext), noise, STEPS, BlockLayout((3, 3)))
 
     one = run(noise)
     for changed, first_same, second_same in ((slice(0, 3), False, False), (slice(3, 6), True, False)):
@@ -116,9 +116,16 @@ def test_later_blocks_depend_on_earlier_ones_and_not_the_other_way_round():
         assert torch.equal(one[:, :, 3:], two[:, :, 3:]) == second_same
 
 
-@pytest.mark.parametrize("changes", [{}, {"independent_first_frame": True, "same_step_across_blocks": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"independent_first_frame": True, "same_step_across_blocks": True},
+        {"local_attention_frames": 3, "sink_frames": 1},
+    ],
+)
 def test_fit_validate_and_go_on_beyond_training(settings, tmp_path, changes):
-    frames = 5 if changes else 4
+    frames = 5 if "independent_first_frame" in changes else 4
     settings["rollout"] = {"causal": True, "num_frame_per_block": 2, "num_training_frames": frames, "context_noise": 10}
     settings["rollout"] |= changes
     settings["validation"]["num_frames"] = 13

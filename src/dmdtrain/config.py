@@ -172,9 +172,21 @@ class Rollout(Group):
     """Always leave at the last denoising step instead of a random one."""
     context_noise: Annotated[float, Field(ge=0, le=1000)] = 0
     """Timestep to which finished blocks are noised in the cache; 0: clean (causal students)."""
+    local_attention_frames: Count | None = None
+    """Latent frames that a block attends to, itself included; None: all before it (causal students)."""
+    sink_frames: Annotated[int, Field(ge=0)] = 0
+    """The video's first latent frames, visible to every block outside its window (causal students)."""
 
     @model_validator(mode="after")
     def _check(self):
+        local = self.local_attention_frames
+        if local is None and self.sink_frames:
+            raise ValueError(f"sink_frames: {self.sink_frames} needs local_attention_frames; valid without it is 0")
+        if local is not None and local < self.num_frame_per_block + self.sink_frames:
+            raise ValueError(
+                f"local_attention_frames: {local} is below num_frame_per_block + sink_frames "
+                f"({self.num_frame_per_block + self.sink_frames})"
+            )
         if self.causal:
             first = 1 if self.independent_first_frame else 0
             if self.num_training_frames <= first or (self.num_training_frames - first) % self.num_frame_per_block:

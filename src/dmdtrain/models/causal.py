@@ -16,33 +16,54 @@ from torch import nn
 
 
 class KVCache:
-    """Keys and values of finished frames, per layer, as tensors [B, frames * tokens per frame, heads, head dim].
+    """Keys and values of finished blocks, per layer, each [B, frames * tokens per frame, heads, head dim].
 
-    The tensors are made by the first write, in the data type and on the device of what is written. `cross` holds the
-    prompt's keys and values per layer, for passes without gradient.
+    `cross` holds the prompt's keys and values per layer, for passes without gradient.
+
+    Args:
+        local_frames: frames that a block attends to, itself included; None: all before it. sink_frames: the video's first
+            frames, which stay visible outside the window. evict: forget what no later block can see, so that memory stays
+            constant however long the video; not for training, where replay reads the context of every block again.
     """
 
-    def __init__(self, num_frames: int):
-        self.num_frames = num_frames
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, local_frames: int | None = None, sink_frames: int = 0, evict: bool = False):
+        self.local_frames, self.sink_frames, self.evict = local_frames, sink_frames, evict
+        self._layers: dict[int, dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = {}
         self.cross: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def read(self, layer: int, num_frames: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values of the first `num_frames` frames; None where there are none."""
-        if num_frames == 0:
-            return None
-        keys, values = self._layers[layer]
-        tokens = keys.shape[1] // self.num_frames * num_frames
-        return keys[:, :tokens], values[:, :tokens]
+    def visible(self, frames: slice) -> list[range]:
+        """Earlier frames that a block at `frames` attends to."""
+        if self.local_frames is None:
+            return [range(frames.start)]
+        first = max(self.sink_frames, frames.stop - self.local_frames)
+        return [range(min(self.sink_frames, frames.start)), range(first, frames.start)]
+
+    def read(self, layer: int, frames: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the visible frames, in order."""
+        parts = []
+        for wanted in self.visible(frames):
+            for (start, stop), (keys, values) in self._layers.get(layer, {}).items():
+                low, high = max(start, wanted.start), min(stop, wanted.stop)
+                if low < high:
+                    tokens = keys.shape[1] // (stop - start)
+                    rows = slice((low - start) * tokens, (high - start) * tokens)
+                    parts.append((keys[:, rows], values[:, rows]))
+        return parts
 
     def write(self, layer: int, frames: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert not torch.is_grad_enabled(), "the cache never sees a graph"
-        tokens = keys.shape[1] // (frames.stop - frames.start)
-        if layer not in self._layers:
-            shape = (keys.shape[0], self.num_frames * tokens, *keys.shape[2:])
-            self._layers[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
-        for store, new in zip(self._layers[layer], (keys, values), strict=True):
-            store[:, frames.start * tokens : frames.stop * tokens] = new
+        blocks = self._layers.setdefault(layer, {})
+        blocks[frames.start, frames.stop] = (keys, values)
+        if self.evict:
+            # The next block ends at least one frame after this one.
+            seen = self.visible(slice(frames.stop, frames.stop + 1))
+            for start, stop in list(blocks):
+                if not any(max(start, r.start) < min(stop, r.stop) for r in seen):
+                    del blocks[start, stop]
+
+    def stored_frames(self) -> int:
+        """Frames held, in the fullest layer."""
+        return max((sum(stop - start for start, stop in blocks) for blocks in self._layers.values()), default=0)
 
 
 @dataclass(frozen=True)
@@ -83,11 +104,11 @@ class CausalSelfAttention:
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         query, key = (_rotate(x, *rotary_emb) for x in (query, key))
+        past = view.cache.read(self.layer, view.frames)
         if view.write:
             view.cache.write(self.layer, view.frames, key, value)
-        past = view.cache.read(self.layer, view.frames.start)
-        if past is not None:
-            key, value = torch.cat([past[0], key], 1), torch.cat([past[1], value], 1)
+        key = torch.cat([*(k for k, _ in past), key], 1)
+        value = torch.cat([*(v for _, v in past), value], 1)
         return _attend(attn, self.stock, query, key, value)
 
 

@@ -109,6 +109,9 @@ def generate(
         latent_frames = setup.latent_frames(run.config.validation.num_frames if frames is None else frames)
     except ValueError as error:
         raise ConfigError(str(error).replace("num_frames", "--frames", 1)) from None
+    positions = run.base.transformer.get("rope_max_seq_len", 1024)
+    if latent_frames > positions:
+        raise ConfigError(f"--frames: {frames}: the model has positions for {1 + 4 * (positions - 1)} frames at most")
     renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights))
     channels, _, height, width = run.validation_latent_shape
     settings = run.config.validation

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from dmdtrain import dmd
-from dmdtrain.config import Config
+from dmdtrain.config import Config, Rollout
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
 from dmdtrain.models.causal import CausalView, KVCache
 from dmdtrain.models.roles import RoleName, Roles
@@ -43,6 +43,11 @@ class Draws:
     def to(self, device: torch.device) -> Draws:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Draws(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+
+def new_cache(settings: Rollout, evict: bool = False) -> KVCache | None:
+    """An empty cache for one video; None for a bidirectional student."""
+    return KVCache(settings.local_attention_frames, settings.sink_frames, evict) if settings.causal else None
 
 
 def student_denoiser(
@@ -133,8 +138,7 @@ class Distiller:
         )
 
     def _student(self, context: torch.Tensor) -> Denoiser:
-        cache = KVCache(self.layout.num_frames) if self.config.rollout.causal else None
-        return student_denoiser(self.roles, context, cache, self.autocast)
+        return student_denoiser(self.roles, context, new_cache(self.config.rollout), self.autocast)
 
     def _score(
         self, name: RoleName, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float

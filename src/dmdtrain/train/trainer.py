@@ -73,6 +73,7 @@ class Trainer:
 
     def __init__(self, run: Run, console: Console):
         self.run, self.config, self.console = run, run.config, console
+        run.output_dir.mkdir(parents=True, exist_ok=True)
         self.device = device_of_this_machine()
         if self.device.type == "cpu":
             torch.set_flush_denormal(True)
@@ -287,16 +288,16 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
-    output = run.output_dir
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / ".config.yaml.partial"
-    partial.write_text(configuration.dump(config), encoding="utf-8")
-    partial.rename(output / "config.yaml")
-    for leftover in (output / CHECKPOINTS).glob(".step-*.partial"):
-        shutil.rmtree(leftover)
     trainer = Trainer(run, console)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
+    output = run.output_dir
+    for leftover in (output / CHECKPOINTS).glob(".step-*.partial"):  # of a run that was killed while it saved
+        shutil.rmtree(leftover)
+    # The folder is the run's from here on: what failed before leaves it free.
+    partial = output / ".config.yaml.partial"
+    partial.write_text(configuration.dump(config), encoding="utf-8")
+    partial.rename(output / "config.yaml")
     if checkpoint is not None:
         trainer.load(checkpoint)
         console.print(f"resumed from {checkpoint}, step {trainer.step}", soft_wrap=True)

@@ -18,13 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dmdtrain.dmd import guide
 from dmdtrain.miniature import clips, scorer
-from dmdtrain.models.causal import KVCache
 from dmdtrain.models.encode import TextCache, decode_latents
 from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import load_scheduler, load_vae
-from dmdtrain.rollout import BlockLayout, Denoiser, draw_noise, sample
+from dmdtrain.rollout import Denoiser, draw_noise, sample
 from dmdtrain.train.setup import Run, block_layout
-from dmdtrain.train.step import student_denoiser
+from dmdtrain.train.step import new_cache, student_denoiser
 
 Autocast = Callable[[], AbstractContextManager]
 BATCH_TOKENS = 8192  # tokens of one sampling batch: many tiny videos, or one large
@@ -66,7 +65,7 @@ class Renderer:
             ).to(self.text.device)
             layout = block_layout(self.run.config, shape[1])
             contexts = self._contexts([prompts[i] for i in rows], negative)
-            cond, uncond = (self._student(context, layout) for context in contexts)
+            cond, uncond = (self._student(context) for context in contexts)
             denoise = cond if guidance in (0, 1) else _guided(cond, uncond, guidance)
             settings = self.run.config.rollout
             # The noise of the cached context is the block's own starting noise: fixed by the seed like everything else.
@@ -83,9 +82,8 @@ class Renderer:
             )
         return torch.cat(parts)
 
-    def _student(self, context: torch.Tensor, layout: BlockLayout) -> Denoiser:
-        cache = KVCache(layout.num_frames) if self.run.config.rollout.causal else None
-        return student_denoiser(self.roles, context, cache, self.autocast)
+    def _student(self, context: torch.Tensor) -> Denoiser:
+        return student_denoiser(self.roles, context, new_cache(self.run.config.rollout, evict=True), self.autocast)
 
     @torch.no_grad()
     def teacher(
