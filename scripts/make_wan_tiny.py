@@ -381,7 +381,7 @@ def train_teacher(work: Path, vae, steps: int, seed: int):
     progress = Progress(work, "teacher")
     parts = dict(model=model, average=average, muon=muon, adamw=adamw, generator=generator)
     first = progress.resume(**parts)
-    F.scaled_dot_product_attention = plain_attention
+    fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, plain_attention
     compiled = torch.compile(model, dynamic=False)
 
     def pick(high: int, n: int) -> torch.Tensor:
@@ -419,6 +419,7 @@ def train_teacher(work: Path, vae, steps: int, seed: int):
             scores = score_teacher(average, vae, contexts[TEXT_LENGTH], mean, std, seed=seed + 3)
             progress.line(step=step + 1, **{f"score_{k}": v for k, v in scores.items()})
         progress.save(step + 1, force=step == steps - 1, **parts)
+    F.scaled_dot_product_attention = fused  # the text encoder's attention needs its mask
     return average, tokenizer, text_encoder, mean, std
 
 
@@ -443,8 +444,7 @@ def score_teacher(
     both = torch.cat([contexts[number], contexts[-1:].expand(n, -1, -1)])
     for now, then in itertools.pairwise(sigmas.tolist()):
         timestep = torch.full((2 * n,), now * 1000)
-        with torch.autocast("cpu", torch.bfloat16):
-            cond, uncond = model(x.repeat(2, 1, 1, 1, 1), timestep, both, return_dict=False)[0].float().chunk(2)
+        cond, uncond = model(x.repeat(2, 1, 1, 1, 1), timestep, both, return_dict=False)[0].chunk(2)
         flow = uncond + guidance * (cond - uncond) if guidance != 1 else cond
         x = x + (then - now) * flow
     videos = decode_parallel(vae, x * std + mean).clamp(-1, 1)
@@ -467,7 +467,7 @@ def publish(work: Path, out: Path, vae, average, tokenizer, text_encoder, mean, 
         for steps, guidance in ((40, GUIDANCE), (3, GUIDANCE), (3, 1.0)):
             key = f"latent_frames={frames} steps={steps} guidance={guidance}"
             scores[key] = score_teacher(
-                average, vae, contexts, mean, std, seed + 5, n=240, frames=frames, steps=steps, guidance=guidance
+                average, vae, contexts, mean, std, seed + 5, n=96, frames=frames, steps=steps, guidance=guidance
             )
             print(key, scores[key], flush=True)
     record = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
-from dmdtrain.config import ConfigError
+from dmdtrain.config import ConfigError, build
 from dmdtrain.export import comfyui_name, lora_tensors, stock_scheduler, write_lora
 from dmdtrain.flow import shift_timestep
 from dmdtrain.train import setup
@@ -192,6 +192,12 @@ def test_a_causal_student_gets_no_scheduler(train, tmp_path):
     assert (sampling["causal"], sampling["num_frame_per_block"]) == (True, 3)
 
 
+def test_a_windowed_student_says_how_it_is_sampled(settings):
+    rollout = {"causal": True, "num_training_frames": 6, "local_attention_frames": 5, "sink_frames": 1}
+    sampling = setup.resolve(build(settings | {"rollout": rollout})).sampling()
+    assert (sampling.get("local_attention_frames"), sampling.get("sink_frames")) == (5, 1)
+
+
 # ---------------------------------------------------------------------------------------------------- parts
 
 
@@ -273,6 +279,6 @@ def test_stock_scheduler_walks_the_list(timesteps, tmp_path):
     assert torch.allclose(stepped, expected, atol=5e-4)
 
 
-@pytest.mark.parametrize("timesteps", [[1000, 990, 500, 10], [900, 500], [900], [1000, 750, 740, 250]])
+@pytest.mark.parametrize("timesteps", [[1000, 990, 500, 10], [900, 500], [900], [999, 500], [1000, 750, 501, 250]])
 def test_stock_scheduler_gives_up(timesteps):
     assert stock_scheduler(timesteps) is None

@@ -253,6 +253,22 @@ def test_a_blur_of_the_right_colour_is_no_shape(truth):
     assert sum(wrong) / len(wrong) > 0.9
 
 
+@pytest.mark.parametrize("outline", ["bar", "ring", "two dots"])
+def test_other_shapes_are_unclear(outline):
+    """Objects of the right size and colour that are none of the four shapes."""
+    y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
+    inside = {
+        "bar": (x.abs() < 14) & (y.abs() < 3),
+        "ring": (x.hypot(y) < 10) & (x.hypot(y) > 7),
+        "two dots": (x.abs() - 9).hypot(y) < 5,
+    }[outline]
+    red, grey = torch.tensor([0.9, 0.15, 0.15]), torch.tensor([0.2, 0.2, 0.2])
+    video = (
+        torch.where(inside, red[:, None, None], grey[:, None, None])[None, :, None].expand(-1, -1, 5, -1, -1) * 2 - 1
+    )
+    assert scorer.look(video) == [scorer.Sight("red", scorer.UNCLEAR, "standing still", "dark")]
+
+
 def test_an_object_that_comes_and_goes_is_unclear(truth):
     videos, _ = truth
     flicker = videos.clone()

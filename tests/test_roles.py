@@ -325,6 +325,7 @@ def test_every_combination_of_kinds(student, fake_score, other_teacher):
     kinds = {"student": student, "fake_score": fake_score}
     teacher = tiny_transformer(9, num_layers=3) if other_teacher else None
     roles = make(
+        base=tiny_transformer().requires_grad_(False),  # as it is loaded
         trained={name: SPECS[name] if kind == "lora" else None for name, kind in kinds.items()},
         teacher=teacher,
         gradient_checkpointing=True,
@@ -436,7 +437,8 @@ def test_two_roles_share_no_parameter():
     full = make(trained={"student": None, "fake_score": None})
     pointers = {name: {p.data_ptr() for p in full.parameters(name)} for name in SPECS}
     assert not pointers["student"] & pointers["fake_score"]
-    base = {p.data_ptr() for p in full.roles["teacher"].module.parameters()}
+    base = {p.data_ptr() for p in full.roles["teacher"].module.parameters() if not p.requires_grad}
+    assert len(base) == len(full.parameters("student"))  # all of it is frozen
     assert not base & (pointers["student"] | pointers["fake_score"])
 
 

@@ -30,9 +30,40 @@ class ConfigError(Exception):
 class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        """A group with everything commented out is empty; true and false are no numbers."""
+        if values is None:
+            return {}
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(str(name))
+            if (
+                isinstance(value, bool)
+                and field is not None
+                and field.annotation is not bool
+                and name != "mixed_precision"
+            ):
+                raise ValueError(f"{name}: {str(value).lower()}: it must not be true or false")
+        return values
+
 
 def _join(steps: list[float]) -> str:
     return ",".join(f"{s:g}" for s in steps)
+
+
+def check_steps(steps: list[float], key: str) -> None:
+    """Raises ValueError unless there are 1 to 8 and they descend."""
+    if not 1 <= len(steps) <= 8:
+        raise ValueError(f"{key}: {len(steps)} steps; valid are 1 to 8, such as 1000,757,522")
+    if any(b >= a for a, b in pairwise(steps)):
+        raise ValueError(f"{key}: {_join(steps)} must descend, such as 1000,757,522")
+
+
+def check_guidance(scale: float, key: str) -> None:
+    """Raises ValueError between 0 and 1, where standard form would be neither off nor guidance."""
+    if 0 < scale < 1:
+        raise ValueError(f"{key}: {scale} is between 0 and 1; valid are 0 (off) and 1 or more")
 
 
 def check_num_frames(num_frames: int, key: str = "num_frames") -> None:
@@ -68,6 +99,16 @@ def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, ke
     raise ValueError(f"{key}: {text!r} is neither WIDTHxHEIGHT (such as 832x480) nor a number of pixels (480)")
 
 
+def _yaml_no(value: Any) -> Any:
+    """YAML 1.1 reads a bare `no` as false."""
+    return "no" if value is False else value
+
+
+def _yaml_ratio(value: Any) -> Any:
+    """YAML 1.1 reads a bare 16:9 as a number to the base 60."""
+    return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
+
+
 def _split_numbers(value: Any) -> Any:
     """ "1000,757,522" -> a list, as the field writes it."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -94,7 +135,14 @@ class Student(Group):
     rank: Count = 128
     alpha: Positive = 128
     """Adapter output is scaled by alpha / rank."""
-    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    targets: Annotated[list[str], Field(min_length=1)] = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ]
     """Linear layers that get an adapter, by the ends of their names."""
 
 
@@ -141,19 +189,14 @@ class Dmd(Group):
 
     @model_validator(mode="after")
     def _check(self):
-        steps = self.denoising_steps
-        if not 1 <= len(steps) <= 8:
-            raise ValueError(f"denoising_steps: {len(steps)} steps; valid are 1 to 8, such as 1000,757,522")
-        if any(b >= a for a, b in pairwise(steps)):
-            raise ValueError(f"denoising_steps: {_join(steps)} must descend, such as 1000,757,522")
+        check_steps(self.denoising_steps, "denoising_steps")
         if self.min_timestep_ratio >= self.max_timestep_ratio:
             raise ValueError(
                 f"min_timestep_ratio: {self.min_timestep_ratio} must be below max_timestep_ratio "
                 f"({self.max_timestep_ratio})"
             )
         for name in ("real_score_guidance_scale", "fake_score_guidance_scale"):
-            if 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is between 0 and 1; valid are 0 (off) and 1 or more")
+            check_guidance(getattr(self, name), name)
         return self
 
 
@@ -191,7 +234,12 @@ class Rollout(Group):
             first = 1 if self.independent_first_frame else 0
             if self.num_training_frames <= first or (self.num_training_frames - first) % self.num_frame_per_block:
                 rule = f"{'1 + ' if first else ''}a multiple of num_frame_per_block ({self.num_frame_per_block})"
-                raise ValueError(f"num_training_frames: {self.num_training_frames} latent frames; it must be {rule}")
+                blocks = max(1, (self.num_training_frames - first) // self.num_frame_per_block)
+                near = [first + count * self.num_frame_per_block for count in (blocks, blocks + 1)]
+                raise ValueError(
+                    f"num_training_frames: {self.num_training_frames} latent frames; it must be {rule}, "
+                    f"the nearest are {near[0]} and {near[1]}"
+                )
         return self
 
 
@@ -204,13 +252,15 @@ class Data(Group):
     """Share of fake-score samples that are trained without their caption (for fake_score_guidance_scale)."""
     resolution: int | str = "832x480"
     """Training size in pixels: WIDTHxHEIGHT, or a number N for about N x N pixels in `aspect_ratio`."""
-    aspect_ratio: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] = "16:9"
+    aspect_ratio: Annotated[str, BeforeValidator(_yaml_ratio)] = "16:9"
     """width:height, where `resolution` is a number."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = 512
     """Text tokens, zero-padded. `WanPipeline` uses 512 unless told otherwise."""
 
     @model_validator(mode="after")
     def _check(self):
+        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.aspect_ratio):
+            raise ValueError(f"aspect_ratio: {self.aspect_ratio!r}: it must be WIDTH:HEIGHT, such as 16:9")
         parse_resolution(self.resolution, self.aspect_ratio, 1, key="resolution")
         return self
 
@@ -244,7 +294,7 @@ class Train(Group):
     gradient_accumulation: Count = 1
     """Micro-batches per update: the update sees batch_size x gradient_accumulation videos, the same ones either way."""
     gradient_checkpointing: bool = True
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_yaml_no)] = "bf16"
     """Autocast of the transformer passes."""
     seed: Annotated[int, Field(ge=0)] = 0
     max_bad_steps: Count = 10
@@ -291,8 +341,9 @@ class Validation(Group):
     def _check(self):
         check_num_frames(self.num_frames)
         parse_resolution(self.resolution, "16:9", 1, key="resolution")
-        if self.steps is not None and any(b >= a for a, b in pairwise(self.steps)):
-            raise ValueError(f"steps: {_join(self.steps)} must descend, such as 1000,757,522")
+        check_guidance(self.guidance_scale, "guidance_scale")
+        if self.steps is not None:
+            check_steps(self.steps, "steps")
         return self
 
 
@@ -316,7 +367,7 @@ class Config(Group):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()
-    output_dir: str = "output/dmdtrain"
+    output_dir: Annotated[str, Field(min_length=1)] = "output/dmdtrain"
 
     @model_validator(mode="after")
     def _check(self):
@@ -386,13 +437,15 @@ def _describe(error: Any) -> str:
     """One pydantic error as `key: what it is; what would be valid`."""
     where = [str(part) for part in error["loc"]]
     key = ".".join(where)
+    depth = next((n for n in (1, 2) if ".".join(where[:n]) in known_keys()), 0)
+    if depth:  # what follows are list positions and, for fields of several types, pydantic's name of the one it tried
+        key = ".".join(where[:depth] + [part for part in where[depth:] if part.isdigit()])
     value = error.get("input")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        names = known_keys() + list(Config.model_fields)
-        near = difflib.get_close_matches(key, names, 1, 0.5)
-        if not near:  # the right name in the wrong group
-            near = [k for k in names if k.split(".")[-1] == where[-1]][:1]
+        names = known_keys() if len(where) > 1 else known_keys() + list(Config.model_fields)
+        near = [k for k in names if k.split(".")[-1] == where[-1]][:1]  # the right name in the wrong group
+        near = near or difflib.get_close_matches(key, names, 1, 0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "value_error":
         message = str(context["error"])
@@ -404,6 +457,9 @@ def _describe(error: Any) -> str:
         "less_than": f"it must be below {context.get('lt')}",
         "less_than_equal": f"it must be at most {context.get('le')}",
         "model_type": "it must be a group of keys",
+        "missing": "it must be two numbers",
+        "too_short": "it must not be empty",
+        "string_too_short": "it must not be empty",
     }.get(kind, error["msg"][0].lower() + error["msg"][1:])
     return f"{key}: {value!r}: {wanted}"
 
@@ -419,7 +475,7 @@ def build(values: dict[str, Any], source: str = "config") -> Config:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file and applies `key=value` overrides (values are YAML)."""
+    """Reads a YAML file and applies `key=value` overrides (values are YAML, but for output_dir's)."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -442,12 +498,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not sign or not key:
         raise ConfigError(f"--set {override}: it must be key=value, such as train.max_steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = text if key == "output_dir" else yaml.safe_load(text)  # a folder may be called 2024
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {parent} is not a group of keys")
     values[last] = value

@@ -37,14 +37,23 @@ class WanFolder:
         return self.transformer["in_channels"]
 
     @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent (frames, height, width) of a token."""
+        return tuple(self.transformer["patch_size"])  # type: ignore[return-value]
+
+    @property
+    def positions(self) -> int:
+        """Tokens along each axis that the model has rotary positions for."""
+        return self.transformer.get("rope_max_seq_len", 1024)
+
+    @property
     def spatial_factor(self) -> int:
         return self.vae.get("scale_factor_spatial", 8)
 
     @property
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this: codec times patch, and what `WanPipeline` asks for."""
-        patch = self.transformer["patch_size"]
-        step = self.spatial_factor * max(patch[1], patch[2])
+        step = self.spatial_factor * max(self.patch_size[1:])
         return step if step % 16 == 0 else 16
 
     @property
@@ -83,9 +92,12 @@ def find_folder(name: str, key: str) -> WanFolder:
         if wanted and found != wanted:
             raise ConfigError(f"{key}: {name}: {part} is a {found}; it must be a {wanted}")
     for part in ("transformer", "vae", "text_encoder"):
-        if not hub and not any((path / part).glob("*.safetensors")):
-            raise ConfigError(f"{key}: {name}: {part} holds no .safetensors weights")
+        if not hub:
+            _check_weights(path / part, name, key)
     transformer, vae = configs["transformer"], configs["vae"]
+    for wanted in ("in_channels", "patch_size"):
+        if wanted not in transformer:
+            raise ConfigError(f"{key}: {name}: transformer/config.json has no {wanted}")
     if transformer.get("image_dim") or transformer["in_channels"] != vae.get("z_dim", 16):
         raise ConfigError(
             f"{key}: {name}: not a text-to-video model (the transformer takes {transformer['in_channels']} channels, "
@@ -96,14 +108,32 @@ def find_folder(name: str, key: str) -> WanFolder:
     return WanFolder(path, name, hub, transformer, vae, configs["scheduler"])
 
 
+def _check_weights(folder: Path, name: str, key: str) -> None:
+    """Reads the headers of a part's weights, which tell whether a file is whole."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"{key}: {name}: {folder.name} holds no .safetensors weights")
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{key}: {name}: {folder.name}/{file.name} is broken: {error}") from None
+
+
 def _read_json(file: Path, name: str, key: str) -> dict[str, Any]:
     part = file.relative_to(file.parents[1]) if file.name != "model_index.json" else file.name
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{key}: {name}: {part} is missing; is it a Diffusers folder of Wan 2.1?") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {name}: {part} is broken: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key}: {name}: {part} is broken: it must hold an object")
+    return values
 
 
 def _download(name: str, patterns: list[str], key: str) -> Path:
@@ -162,7 +192,11 @@ def load_text_encoder(folder: WanFolder, precision: str) -> tuple[Any, Any]:
         from dmdtrain.models.quantize import quantize_linears
 
         quantize_linears(encoder)
-    return AutoTokenizer.from_pretrained(folder.path / "tokenizer"), encoder.requires_grad_(False).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder.name}: tokenizer can not be loaded: {str(error).splitlines()[0]}") from None
+    return tokenizer, encoder.requires_grad_(False).eval()
 
 
 def load_scheduler(folder: WanFolder, shift: float | None = None) -> Any:
@@ -178,10 +212,16 @@ def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
     if folder.hub:
         _download(folder.name, [f"{part}/*"], part)
     try:
-        return cls.from_pretrained(folder.path, subfolder=part, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        model, found = cls.from_pretrained(
+            folder.path, subfolder=part, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:  # NotImplementedError, of missing tensors, is one
         raise ConfigError(f"{folder.name}: {part} can not be loaded: {str(error).strip().splitlines()[0]}") from None
     except Exception as error:  # safetensors' own error has no public base class
         if type(error).__name__ != "SafetensorError":
             raise
         raise ConfigError(f"{folder.name}: {part} holds broken weights: {error}") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ConfigError(f"{folder.name}: {part} lacks weights: {missing[0]} ({len(missing)} in all)")
+    return model

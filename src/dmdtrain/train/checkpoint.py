@@ -100,6 +100,8 @@ def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
         raise ConfigError(f"{key}: {folder}: not a checkpoint ({MANIFEST} is missing)") from None
     except ValueError:
         raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
+        raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken")
     if manifest.get("format") != FORMAT:
         raise ConfigError(f"{key}: {folder}: format {manifest.get('format')}; this version reads {FORMAT}")
     for name, wanted in manifest["sha256"].items():

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dmdtrain.config import ConfigError, build
+from dmdtrain.config import ConfigError, build, load
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import stock_scheduler, write_lora
 from dmdtrain.train import setup
+from dmdtrain.train.checkpoint import check_checkpoint, read_json
 from dmdtrain.train.validation import Renderer, write_mp4, write_samples
 
 
@@ -36,6 +37,13 @@ def _timesteps(text: str | None, run: setup.Run) -> list[float]:
     checked = build({"validation": {"steps": text}}, "--steps").validation.steps
     assert checked is not None
     return [float(t) for t in checked]
+
+
+def _make_folder(folder: Path, key: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder} can not be made: {error.strerror}") from None
 
 
 def _free_name(folder: Path) -> Path:
@@ -109,9 +117,10 @@ def generate(
         latent_frames = setup.latent_frames(run.config.validation.num_frames if frames is None else frames)
     except ValueError as error:
         raise ConfigError(str(error).replace("num_frames", "--frames", 1)) from None
-    positions = run.base.transformer.get("rope_max_seq_len", 1024)
+    positions = run.base.positions
     if latent_frames > positions:
         raise ConfigError(f"--frames: {frames}: the model has positions for {1 + 4 * (positions - 1)} frames at most")
+    _make_folder(out.parent, "--out")
     renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights))
     channels, _, height, width = run.validation_latent_shape
     settings = run.config.validation
@@ -119,14 +128,14 @@ def generate(
     latents = renderer.student(
         [prompt], seed, shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, renderer.decode(latents)[0], settings.fps)
     console.print(f"wrote {out}", soft_wrap=True)
 
 
 def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, console: Console) -> None:
-    run = setup.load_run(ckpt)
-    student = run.config.student
+    check_checkpoint(ckpt, "--ckpt")
+    config, sampling = load(ckpt / "config.yaml"), read_json(ckpt, "sampling.json")
+    student = config.student
     if student.kind != "lora":
         raise ConfigError(f"--ckpt: {ckpt}: its student was trained whole (student.kind: full); it has no LoRA")
     if out.suffix != ".safetensors":
@@ -134,14 +143,16 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     scheduler_folder = out.with_name(f"{out.stem}_scheduler")
     if scheduler_folder.exists():
         raise ConfigError(f"--out: {scheduler_folder} exists; choose another name")
+    _make_folder(out.parent, "--out")
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
-    write_lora(out, values, student.alpha / student.rank, file_format, run.sampling())
+    write_lora(out, values, student.alpha / student.rank, file_format, sampling)
     console.print(f"wrote {out}", soft_wrap=True)
-    if run.config.rollout.causal:
+    if config.rollout.causal:
         console.print("a causal student is sampled block by block: no scheduler for the stock pipeline", soft_wrap=True)
         return
-    scheduler = stock_scheduler(run.timesteps)
-    listed = ", ".join(f"{t:g}" for t in run.timesteps)
+    timesteps = sampling["timesteps"]
+    scheduler = stock_scheduler(timesteps)
+    listed = ", ".join(f"{t:g}" for t in timesteps)
     if scheduler is None:
         console.print(
             f"no stock scheduler configuration gives the timesteps {listed}: none was written", soft_wrap=True
@@ -150,6 +161,6 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     scheduler.save_pretrained(scheduler_folder)
     console.print(
         f"wrote {scheduler_folder}: with it WanPipeline samples at {listed} "
-        f"(num_inference_steps={len(run.timesteps)}, guidance_scale=1.0)",
+        f"(num_inference_steps={len(timesteps)}, guidance_scale=1.0)",
         soft_wrap=True,
     )

@@ -61,12 +61,17 @@ class Run:
             "num_frame_per_block": self.config.rollout.num_frame_per_block if self.config.rollout.causal else None,
             "independent_first_frame": self.config.rollout.causal and self.config.rollout.independent_first_frame,
             "context_noise": self.config.rollout.context_noise if self.config.rollout.causal else None,
+            "local_attention_frames": self.config.rollout.local_attention_frames,
+            "sink_frames": self.config.rollout.sink_frames,
             "max_sequence_length": self.config.data.max_sequence_length,
         }
 
 
-def resolve(config: Config) -> Run:
+def resolve(config: Config, *, for_training: bool = True) -> Run:
     """Checks what the configuration alone can not: model folders, prompts, sizes that depend on the model.
+
+    Args:
+        for_training: False leaves the training prompts alone, which sampling a checkpoint does not need.
 
     Raises:
         ConfigError: with the key, what it is and what would be valid.
@@ -82,10 +87,7 @@ def resolve(config: Config) -> Run:
                 f"model.teacher: {teacher.name}: {name} is {teacher.transformer.get(name)}, "
                 f"the base has {base.transformer.get(name)}; they must agree"
             )
-    rope = base.transformer.get("rope_max_seq_len", 1024)
     frames = config.rollout.num_training_frames
-    if frames > rope:
-        raise ConfigError(f"rollout.num_training_frames: {frames}: the model has positions for {rope} latent frames")
     if config.rollout.causal and base.transformer["patch_size"][0] != 1:
         raise ConfigError(f"rollout.causal: true: {base.name} has patches of several frames; valid is false")
     try:
@@ -97,6 +99,18 @@ def resolve(config: Config) -> Run:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    latent_shape = base.latent_shape(frames, *size)
+    validation_shape = base.latent_shape(latent_frames(config.validation.num_frames), *validation_size)
+    for shape, frames_key, size_key in (
+        (latent_shape, "rollout.num_training_frames", "data.resolution"),
+        (validation_shape, "validation.num_frames", "validation.resolution"),
+    ):
+        for key, edge, patch in zip((frames_key, size_key, size_key), shape[1:], base.patch_size, strict=True):
+            if edge // patch > base.positions:
+                raise ConfigError(
+                    f"{key}: {configuration.nested_get(config, key)}: {edge // patch} positions in latent space; "
+                    f"the model has {base.positions}"
+                )
     shift = config.model.flow_shift or teacher.flow_shift
     timesteps = resolve_timesteps(config.dmd.denoising_steps, shift if config.dmd.warp_denoising_steps else 1.0)
     validation_prompts = load_prompts(config.validation.prompts, "validation.prompts", held_out=True)
@@ -104,13 +118,13 @@ def resolve(config: Config) -> Run:
         config=config,
         base=base,
         teacher=teacher,
-        prompts=load_prompts(config.data.prompts, "data.prompts", held_out=False),
+        prompts=load_prompts(config.data.prompts, "data.prompts", held_out=False) if for_training else [],
         validation_prompts=validation_prompts[: config.validation.count],
         timesteps=timesteps,
         validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
         layout=block_layout(config, frames),
-        latent_shape=base.latent_shape(frames, *size),
-        validation_latent_shape=base.latent_shape(latent_frames(config.validation.num_frames), *validation_size),
+        latent_shape=latent_shape,
+        validation_latent_shape=validation_shape,
     )
 
 
@@ -182,7 +196,7 @@ def load_run(ckpt: Path) -> Run:
     config = configuration.load(ckpt / "config.yaml")
     if ckpt.resolve().parent.name == checkpoints.CHECKPOINTS:  # the run's folder may have moved since
         config = config.model_copy(update={"output_dir": str(ckpt.resolve().parents[1])})
-    return resolve(config)
+    return resolve(config, for_training=False)
 
 
 def student_weights(ckpt: Path, weights: str) -> dict[str, torch.Tensor]:

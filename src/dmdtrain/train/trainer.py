@@ -36,8 +36,9 @@ def find_resume(config: Config, resume: str) -> Path | None:
         ConfigError: output_dir belongs to another run, or the checkpoint to another configuration.
     """
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output_dir: {output} is not a folder")
+    above = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"output_dir: {output}: {above} is not a folder")
     owned = output / "config.yaml"
     if resume not in ("auto", "never"):
         folder = Path(resume)

@@ -37,7 +37,7 @@ class Renderer:
 
     def _batches(self, count: int, shape: tuple[int, ...]) -> list[range]:
         _, frames, height, width = shape
-        patch = self.run.base.transformer["patch_size"]
+        patch = self.run.base.patch_size
         tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
         size = max(1, BATCH_TOKENS // tokens)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -95,8 +95,12 @@ class Renderer:
         guidance: float,
         negative: str = "",
         on_step: Callable[[], None] | None = None,
+        sigmas: list[float] | None = None,
     ) -> torch.Tensor:
-        """Normalised latents [N, *shape] of the teacher in `steps` steps of its folder's own scheduler."""
+        """Normalised latents [N, *shape] of the teacher in `steps` steps of its folder's own scheduler.
+
+        sigmas: a grid instead of the scheduler's own for `steps`, before its shift.
+        """
         parts = []
         for rows in self._batches(len(prompts), shape):
             latents = torch.cat(
@@ -104,7 +108,8 @@ class Renderer:
             ).to(self.text.device)
             cond, uncond = self._contexts([prompts[i] for i in rows], negative)
             scheduler = load_scheduler(self.run.teacher, self.run.config.model.flow_shift)
-            scheduler.set_timesteps(steps, device=self.text.device)
+            grid = {"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}
+            scheduler.set_timesteps(device=self.text.device, **grid)
             for timestep in scheduler.timesteps:
                 t = timestep.expand(len(latents)).float()
                 with self.autocast():

@@ -1,0 +1,675 @@
+"""Checkpoints: whole or not there, damaged or not, and which of them a run goes on from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from dmdtrain import config as configuration
+from dmdtrain.config import Config, ConfigError, build
+from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train.checkpoint import (
+    check_checkpoint,
+    join_state,
+    list_checkpoints,
+    read_json,
+    read_tensors,
+    split_state,
+    step_folder,
+    write_checkpoint,
+)
+from dmdtrain.train.log import MetricsLog
+from dmdtrain.train.trainer import find_resume, fit
+
+
+def bug(reason: str) -> pytest.MarkDecorator:
+    """What should hold and does not yet; strict, so that the mark goes when the bug goes."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models of a few thousand weights: threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def contents(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "student": {
+            "a.lora_A.weight": torch.randn(3, 5, generator=generator),
+            "b": torch.randn(7, generator=generator),
+        },
+        "random": {"draws": generator.get_state(), "order": torch.tensor([], dtype=torch.int64)},
+    }
+
+
+def write(root: Path, step: int, keep: int = 3, **texts: str) -> Path:
+    state = json.dumps({"step": step})
+    return write_checkpoint(root, step, contents(step), {"state.json": state} | texts, keep)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def names(root: Path) -> list[str]:
+    return [f.name for f in list_checkpoints(root)]
+
+
+def refusal(check, *args) -> str:
+    """The one line with which something is refused."""
+    with pytest.raises(ConfigError) as caught:
+        check(*args)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def test_what_is_written_is_read(tmp_path):
+    # Views, transposed and expanded tensors and parameters are stored as what they look like.
+    whole = torch.arange(24.0).view(4, 6)
+    tensors = {
+        "student": {
+            "transposed": whole.T,
+            "expanded": torch.ones(1, 3).expand(2, 3),
+            "parameter": torch.nn.Parameter(torch.tensor([1.5, -2.5], dtype=torch.bfloat16)),
+            "scalar": torch.tensor(3),
+            "bytes": torch.arange(5, dtype=torch.uint8),
+            "empty": torch.empty(0, dtype=torch.int64),
+        }
+    }
+    folder = write_checkpoint(tmp_path / "checkpoints", 12, tensors, {"state.json": '{"ä": 1}'}, 3)
+    assert folder == tmp_path / "checkpoints" / "step-000012"
+    read = read_tensors(folder, "student")
+    assert read.keys() == tensors["student"].keys()
+    for key, value in tensors["student"].items():
+        assert read[key].dtype == value.dtype and torch.equal(read[key], value.detach()), key
+    assert read_json(folder, "state.json") == {"ä": 1}
+    manifest = check_checkpoint(folder)
+    assert (manifest["format"], manifest["step"]) == (1, 12)
+    assert set(manifest["sha256"]) == {"student.safetensors", "state.json"}
+
+
+def test_the_checksums_are_sha256(tmp_path):
+    file = tmp_path / "abc"
+    file.write_bytes(b"abc")
+    assert checkpoints.sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_only_the_newest_stay(tmp_path):
+    for step in (2, 4, 999_998, 1_000_000):
+        assert write(tmp_path, step, keep=2).is_dir()
+        assert names(tmp_path)[-1] == step_folder(tmp_path, step).name
+    assert names(tmp_path) == ["step-999998", "step-1000000"]  # by number, not by name
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-1000000", "step-999998"]
+    write(tmp_path, 1_000_001, keep=1)
+    assert names(tmp_path) == ["step-1000001"]
+
+
+@bug("keep goes by the step: of a run that went back to an earlier checkpoint it removes what was just written")
+def test_what_was_just_written_stays(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path, step, keep=3)
+    assert write(tmp_path, 3, keep=2).is_dir()
+
+
+def test_a_step_that_comes_by_again_replaces_the_old_one(tmp_path):
+    write(tmp_path, 2)
+    write(tmp_path, 4, note="old")
+    folder = write(tmp_path, 4, other="new")
+    check_checkpoint(folder)
+    assert not (folder / "note").exists() and (folder / "other").read_text() == "new"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+
+
+FAILURES = ["save_file", "_sync", "sha256"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_while_writing_leaves_what_was_there(tmp_path, monkeypatch, where, call, again):
+    """The disk is full at the first or second file of step 4, which is new or written for the second time."""
+    write(tmp_path, 2)
+    if again:
+        write(tmp_path, 4)
+    before = {folder.name: listing(folder) for folder in list_checkpoints(tmp_path)}
+    work, calls = getattr(checkpoints, where), 0
+
+    def fail(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(28, "No space left on device")
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, where, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 4, note="new")
+    monkeypatch.undo()
+    assert {folder.name: listing(folder) for folder in list_checkpoints(tmp_path)} == before
+    for folder in list_checkpoints(tmp_path):
+        check_checkpoint(folder)
+    # The next attempt is not disturbed by what was left.
+    folder = write(tmp_path, 4, note="new")
+    check_checkpoint(folder)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000002", "step-000004"]
+    assert torch.equal(read_tensors(folder, "student")["b"], contents(4)["student"]["b"])
+
+
+def killed_at_rename(number: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Runs `work` until its rename of that number, from 1."""
+    rename, renamed = Path.rename, 0
+
+    def kill(self: Path, target: Path) -> Path:
+        nonlocal renamed
+        renamed += 1
+        if renamed == number:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", kill)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    monkeypatch.undo()
+
+
+def test_a_new_checkpoint_appears_at_its_rename(tmp_path, monkeypatch):
+    write(tmp_path, 2)
+    killed_at_rename(1, monkeypatch, lambda: write(tmp_path, 4, keep=1))
+    assert names(tmp_path) == ["step-000002"]  # which stays until the new one is there
+    write(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step-000004"]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [1, pytest.param(2, marks=bug("between its two renames neither the old nor the new checkpoint is listed"))],
+)
+def test_a_kill_while_a_step_is_replaced_leaves_one_of_both(tmp_path, monkeypatch, number):
+    write(tmp_path, 4)
+    killed_at_rename(number, monkeypatch, lambda: write(tmp_path, 4))
+    assert names(tmp_path) == ["step-000004"]
+    check_checkpoint(tmp_path / "step-000004")
+
+
+def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced: list[str] = []
+    sync = checkpoints._sync
+
+    def watch(path: Path) -> None:
+        synced.append(path.name)
+        if path != tmp_path:
+            assert names(tmp_path) == []
+        sync(path)
+
+    monkeypatch.setattr(checkpoints, "_sync", watch)
+    write(tmp_path, 4)
+    assert sorted(synced[:-2]) == ["manifest.json", "random.safetensors", "state.json", "student.safetensors"]
+    assert synced[-2:] == [".step-000004.partial", tmp_path.name]
+
+
+def test_half_folders_are_not_listed(tmp_path):
+    write(tmp_path, 4)
+    shutil.copytree(tmp_path / "step-000004", tmp_path / ".step-000006.partial")
+    shutil.copytree(tmp_path / "step-000004", tmp_path / "step-000008")
+    (tmp_path / "step-000008" / "manifest.json").unlink()
+    shutil.copytree(tmp_path / "step-000004", tmp_path / "step-000004-kept")
+    shutil.copytree(tmp_path / "step-000004", tmp_path / "step-12")
+    (tmp_path / "step-000010").write_text("a file")
+    assert names(tmp_path) == ["step-000004"]
+    assert list_checkpoints(tmp_path / "none") == []
+    # And what is not listed is not counted either.
+    write(tmp_path, 9, keep=2)
+    assert names(tmp_path) == ["step-000004", "step-000009"]
+    assert (tmp_path / "step-000004-kept" / "manifest.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write(tmp_path / "checkpoints", 4)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "random.safetensors", "state.json"])
+def test_a_flipped_bit_is_found_anywhere(folder, name):
+    good = (folder / name).read_bytes()
+    for position in (0, len(good) // 2, len(good) - 1):
+        (folder / name).write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        line = refusal(check_checkpoint, folder, "--ckpt")
+        assert line == f"--ckpt: {folder}: {name} is damaged (its checksum differs)"
+    for content in (good[:-1], good + b"\0", b""):
+        (folder / name).write_bytes(content)
+        assert name in refusal(check_checkpoint, folder)
+    (folder / name).unlink()
+    assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: {name} is missing"
+    (folder / name).write_bytes(good)
+    check_checkpoint(folder)
+
+
+def test_folders_that_are_no_checkpoint(folder, tmp_path):
+    assert refusal(check_checkpoint, tmp_path / "none", "--resume") == f"--resume: {tmp_path / 'none'}: no such folder"
+    assert "no such folder" in refusal(check_checkpoint, folder / "state.json")
+    assert refusal(check_checkpoint, tmp_path) == f"checkpoint: {tmp_path}: not a checkpoint (manifest.json is missing)"
+    manifest = folder / "manifest.json"
+    good = manifest.read_text()
+    manifest.write_text(good[: len(good) // 2])
+    assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: manifest.json is broken"
+    manifest.write_text(good.replace('"format": 1', '"format": 2'))
+    assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: format 2; this version reads 1"
+
+
+# ---------------------------------------------------------------------------------------------------- nested states
+
+
+def round_trip(state: object, folder: Path) -> object:
+    """Through a checkpoint's files."""
+    tensors, tree = split_state(state)
+    written = write_checkpoint(folder, 1, {"state": tensors}, {"state.json": json.dumps(tree)}, 1)
+    return join_state(read_tensors(written, "state"), read_json(written, "state.json"))
+
+
+def identical(a: object, b: object) -> bool:
+    """Equal, in the same types, tensors to the bit and dicts in the same order."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return (
+            list(a) == list(b)
+            and all(type(k) is type(m) for k, m in zip(a, b, strict=True))
+            and all(identical(a[key], b[key]) for key in a)
+        )
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(identical(x, y) for x, y in zip(a, b, strict=True))
+    return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+STATES = {
+    "tuples and lists": {"betas": (0.9, 0.999), "empty": (), "nested": [(1, 2.5), [], [True, (None,)]]},
+    "numbers": {"int": 3, "big": 2**62, "float": 0.1 + 0.2, "tiny": 5e-324, "whole": 1.0, "minus": -0.0},
+    "odd numbers": {"inf": math.inf, "minus": -math.inf, "nan": math.nan},
+    "truth": {"yes": True, "no": False, "none": None, "zero": 0, "one": 1, "text": "true", "odd": 'ä"\n'},
+    "int keys": {0: {"step": torch.tensor(5.0)}, 7: {"step": torch.tensor(6.0)}, 1: {}, "deep": {2: {3: (4, {5: 6})}}},
+    "tensors": {
+        "state": {0: {"m": torch.randn(2, 3), "q": torch.arange(9, dtype=torch.uint8), "k": torch.randn(4).bfloat16()}},
+        "list": [torch.tensor(1), (torch.tensor(2.5, dtype=torch.float64), torch.zeros(0))],
+    },
+    "names of its own": {"tensor": "a", "dict": {"value": [1]}, "list": {"tuple": (2,)}, "value": {"tensor": 3}},
+    "nothing": {},
+    "a tensor": torch.tensor([1.0, 2.0]),
+    "a number": 4,
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_states_come_back_as_they_were(case, tmp_path):
+    state = STATES[case]
+    before = copy.deepcopy(state)
+    assert identical(round_trip(state, tmp_path), before)
+    assert identical(state, before)
+
+
+def test_identical_can_tell():
+    for a, b in (((1,), [1]), (1, True), (1, 1.0), ({1: 2}, {"1": 2}), (torch.zeros(1), torch.zeros(1).double())):
+        assert not identical(a, b)
+
+
+@bug("safetensors refuses tensors that share memory, as the code books of 8-bit moments do on the CPU")
+def test_tensors_that_share_their_memory(tmp_path):
+    book = torch.randn(256)
+    state = {0: {"book": book}, 1: {"book": book}}
+    assert identical(round_trip(state, tmp_path), state)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_an_optimizer_goes_on_from_its_files(kind, tmp_path):
+    def make() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(2)]
+        options = {"adamw": dict(betas=(0.8, 0.9), amsgrad=True), "sgd": dict(momentum=0.9, nesterov=True)}[kind]
+        return parameters, {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[kind](parameters, lr=0.1, **options)
+
+    def step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, times: int) -> None:
+        for _ in range(times):
+            for p in parameters:
+                p.grad = p.detach().cos()
+            optimizer.step()
+
+    parameters, optimizer = make()
+    step(parameters, optimizer, 2)
+    again, restored = make()
+    restored.load_state_dict(round_trip(optimizer.state_dict(), tmp_path))
+    for p, q in zip(again, parameters, strict=True):
+        p.data.copy_(q.data)
+    step(parameters, optimizer, 3)
+    step(again, restored, 3)
+    assert all(torch.equal(p, q) for p, q in zip(again, parameters, strict=True))
+    assert identical(restored.state_dict(), optimizer.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def settings_of_a_run(settings) -> dict:
+    """No model is loaded for the question where a run goes on."""
+    settings["schedule"] = {"name": "constant"}
+    return settings
+
+
+def changed(settings: dict, **changes: object) -> Config:
+    settings = copy.deepcopy(settings)
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        values = settings
+        for group in groups:
+            values = values.setdefault(group, {})
+        values[last] = value
+    return build(settings)
+
+
+@pytest.fixture
+def run(settings_of_a_run) -> Path:
+    """A run of two checkpoints, as `fit` leaves it."""
+    config = build(settings_of_a_run)
+    output = Path(config.output_dir)
+    for step in (2, 4):
+        write(output / "checkpoints", step, **{"config.yaml": configuration.dump(config)})
+    (output / "config.yaml").write_text(configuration.dump(config))
+    return output
+
+
+def test_resume_without_a_run(settings_of_a_run, tmp_path):
+    config = build(settings_of_a_run)
+    for resume in ("auto", "never"):
+        assert find_resume(config, resume) is None
+    assert not Path(config.output_dir).exists()  # asking makes nothing
+    Path(config.output_dir).mkdir()
+    for resume in ("auto", "never"):
+        assert find_resume(config, resume) is None
+    (Path(config.output_dir) / "cache").mkdir()  # encoded prompts of a run that never came to be
+    for resume in ("auto", "never"):
+        assert find_resume(config, resume) is None
+    (Path(config.output_dir) / "config.yaml").write_text(configuration.dump(config))  # killed before its first save
+    assert find_resume(config, "auto") is None
+
+
+def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
+    config = build(settings_of_a_run)
+    root = run / "checkpoints"
+    assert find_resume(config, "auto") == root / "step-000004"
+    write(root, 10, keep=9, **{"config.yaml": configuration.dump(config)})
+    assert find_resume(config, "auto") == root / "step-000010"
+    shutil.copytree(root / "step-000004", root / ".step-000012.partial")
+    shutil.copytree(root / "step-000004", root / "step-000014")
+    (root / "step-000014" / "manifest.json").unlink()
+    assert find_resume(config, "auto") == root / "step-000010"
+    # A damaged newest one is not passed over in silence.
+    (root / "step-000010" / "state.json").write_text("{}")
+    line = refusal(find_resume, config, "auto")
+    assert line == f"--resume: {root / 'step-000010'}: state.json is damaged (its checksum differs)"
+
+
+def test_resume_never_refuses_a_run(run, settings_of_a_run, tmp_path):
+    line = refusal(find_resume, build(settings_of_a_run), "never")
+    assert line == (f"output_dir: {run} already holds a run; choose another with --output-dir, or --resume auto")
+    assert find_resume(changed(settings_of_a_run, output_dir=str(tmp_path / "new")), "never") is None
+
+
+def test_resume_from_a_folder(run, settings_of_a_run, tmp_path):
+    config, older = build(settings_of_a_run), run / "checkpoints" / "step-000002"
+    assert find_resume(config, str(older)) == older
+    # A new run can start from it; a third run's folder can not take it.
+    elsewhere = changed(settings_of_a_run, output_dir=str(tmp_path / "new"))
+    assert find_resume(elsewhere, str(older)) == older
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text(configuration.dump(elsewhere))
+    line = refusal(find_resume, elsewhere, str(older))
+    assert line == f"output_dir: {tmp_path / 'new'} belongs to another run; choose another with --output-dir"
+    # By another way of writing it, it is still the run's own.
+    assert find_resume(config, str(run / "checkpoints" / ".." / "checkpoints" / "step-000002")) is not None
+    (tmp_path / "link").symlink_to(run)
+    assert find_resume(config, str(tmp_path / "link" / "checkpoints" / "step-000002")) is not None
+
+
+@bug("an output folder with someone else's files is refused by auto and never, but not with a folder")
+def test_resume_from_a_folder_into_a_foreign_one(run, settings_of_a_run, tmp_path):
+    foreign = tmp_path / "holidays"
+    foreign.mkdir()
+    (foreign / "photo.jpg").write_text("x")
+    config = changed(settings_of_a_run, output_dir=str(foreign))
+    assert str(foreign) in refusal(find_resume, config, str(run / "checkpoints" / "step-000002"))
+
+
+@pytest.mark.parametrize("what", ["missing", "the run", "its folder of checkpoints", "half", "damaged", "a file"])
+def test_resume_from_what_is_no_checkpoint(run, settings_of_a_run, what):
+    older = run / "checkpoints" / "step-000002"
+    folder, says = {
+        "missing": (run / "checkpoints" / "step-000003", "no such folder"),
+        "the run": (run, "not a checkpoint (manifest.json is missing)"),
+        "its folder of checkpoints": (run / "checkpoints", "not a checkpoint (manifest.json is missing)"),
+        "half": (older, "not a checkpoint (manifest.json is missing)"),
+        "damaged": (older, "student.safetensors is missing"),
+        "a file": (run / "config.yaml", "no such folder"),
+    }[what]
+    if what == "half":
+        (older / "manifest.json").unlink()
+    if what == "damaged":
+        (older / "student.safetensors").unlink()
+    assert refusal(find_resume, build(settings_of_a_run), str(folder)) == f"--resume: {folder}: {says}"
+
+
+@pytest.mark.parametrize("resume", ["auto", "folder"])
+def test_another_configuration_is_refused_by_its_key(run, settings_of_a_run, resume):
+    ckpt = run / "checkpoints" / "step-000002"
+    resume = "auto" if resume == "auto" else str(ckpt)
+    what = {
+        "auto": f"output_dir: {run} belongs to another run",
+        str(ckpt): f"--resume: {ckpt} is a checkpoint of another configuration",
+    }[resume]
+    for changes, says in (
+        ({"optimizer.lr": 2e-3}, "optimizer.lr: 0.001 -> 0.002"),
+        ({"train.seed": 5}, "train.seed: 0 -> 5"),
+        ({"student.kind": "full"}, "student.kind: 'lora' -> 'full'"),
+        ({"optimizer.lr": 2e-3, "train.seed": 5}, "optimizer.lr: 0.001 -> 0.002 and 1 more"),
+        ({"ema.decay": 0.6, "dmd.timestep_shift": 2.0, "data.caption_dropout": 0.1}, " and 2 more"),
+    ):
+        line = refusal(find_resume, changed(settings_of_a_run, **changes), resume)
+        assert line.startswith(what + ": ") and line.endswith(says), line
+
+
+def test_what_may_change_when_a_run_goes_on(run, settings_of_a_run):
+    changes = {
+        "train.max_steps": 9,
+        "train.max_bad_steps": 3,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 7,
+        "validation.every": 0,
+        "validation.prompts": ["a dog"],
+        "validation.num_frames": 9,
+        "log.every": 5,
+        "log.tensorboard": False,
+        "ema.validate_with": "both",
+        "model.attention": "_native_cudnn",
+    }
+    newest = run / "checkpoints" / "step-000004"
+    for key, value in changes.items():
+        assert find_resume(changed(settings_of_a_run, **{key: value}), "auto") == newest, key
+    for resume in ("auto", str(newest)):
+        assert find_resume(changed(settings_of_a_run, **changes), resume) == newest
+    moved = run.rename(run.with_name("moved"))
+    config = changed(settings_of_a_run, output_dir=str(moved))
+    assert find_resume(config, "auto") == moved / "checkpoints" / "step-000004"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine_with_min_lr"])
+def test_a_decaying_schedule_fixes_the_length(settings_of_a_run, tmp_path, schedule):
+    settings = settings_of_a_run | {"schedule": {"name": schedule}, "output_dir": str(tmp_path / "decaying")}
+    config = build(settings)  # 4 steps, an update at every 2nd
+    output = tmp_path / "decaying"
+    newest = write(output / "checkpoints", 4, **{"config.yaml": configuration.dump(config)})
+    (output / "config.yaml").write_text(configuration.dump(config))
+    for resume in ("auto", str(newest)):
+        line = refusal(find_resume, changed(settings, **{"train.max_steps": 6}), resume)
+        assert line.endswith(": train.max_steps: 4 -> 6 (the schedule depends on it)")
+        # One more step is no more student updates.
+        assert find_resume(changed(settings, **{"train.max_steps": 5}), resume) == newest
+    # Nor may the schedule change.
+    assert "schedule.name" in refusal(find_resume, changed(settings, **{"schedule.name": "constant"}), "auto")
+
+
+def test_folders_of_others_are_left_alone(settings_of_a_run, tmp_path):
+    foreign = tmp_path / "holidays"
+    (foreign / "cache").mkdir(parents=True)
+    (foreign / "photo.jpg").write_text("x")
+    for resume in ("auto", "never"):
+        line = refusal(find_resume, changed(settings_of_a_run, output_dir=str(foreign)), resume)
+        assert line == f"output_dir: {foreign} is not empty and holds no run of dmdtrain; choose another"
+        line = refusal(find_resume, changed(settings_of_a_run, output_dir=str(foreign / "photo.jpg")), resume)
+        assert line == f"output_dir: {foreign / 'photo.jpg'} is not a folder"
+    assert sorted(f.name for f in foreign.iterdir()) == ["cache", "photo.jpg"]
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+def lines_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def log_steps(output: Path, first: int, last: int) -> None:
+    log = MetricsLog(output, first, tensorboard=False)
+    for step in range(first + 1, last + 1):
+        log.write(step, {"critic_loss": step / 10, "attempt": first})
+    log.close()
+
+
+def test_metrics_after_the_step_are_dropped(tmp_path):
+    log_steps(tmp_path, 0, 5)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
+    log_steps(tmp_path, 3, 6)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["attempt"] for line in lines_of(tmp_path)] == [0, 0, 0, 3, 3, 3]
+    log_steps(tmp_path, 0, 1)  # started anew
+    assert lines_of(tmp_path) == [{"step": 1, "critic_loss": 0.1, "attempt": 0}]
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        '{"step": 4, "critic_lo',
+        '{"step": 3',
+        '{"step": 3}'[:-1] + ', "x": 1.',
+        "\x00" * 20,
+        '{"critic_loss": 1.0}',
+        "[4]",
+        "4",
+        '"step"',
+        "null",
+    ],
+)
+def test_a_line_that_a_kill_cut_short_goes(tmp_path, cut):
+    log_steps(tmp_path, 0, 3)
+    good = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(good + cut)  # without an end of line
+    log_steps(tmp_path, 3, 4)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(good)
+
+
+def test_lines_are_on_disk_as_they_are_written(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log.write(1, {"critic_loss": 0.5})
+    assert lines_of(tmp_path) == [{"step": 1, "critic_loss": 0.5}]
+    log.close()
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture
+def small(settings) -> Config:
+    settings["validation"]["every"] = 0
+    settings["log"] = {"tensorboard": False}
+    settings["train"]["batch_size"] = 1
+    return build(settings)
+
+
+def test_a_run_survives_a_full_disk_and_a_kill(small, monkeypatch):
+    output = Path(small.output_dir)
+    save, saves = checkpoints.save_file, 0
+
+    def fail(*args, **kwargs):
+        nonlocal saves
+        saves += 1
+        if saves == 9:  # six files a checkpoint: in the middle of step 4
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        fit(small, "auto", Console(quiet=True))
+    monkeypatch.undo()
+    root = output / "checkpoints"
+    assert names(root) == ["step-000002"]
+    assert (root / ".step-000004.partial").exists()
+    check_checkpoint(root / "step-000002")
+    assert [line["step"] for line in lines_of(output)] == [1, 2, 3, 4]
+    # Killed while it wrote a line, too.
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "crit')
+    fit(small, "auto", Console(quiet=True))
+    assert sorted(f.name for f in root.iterdir()) == ["step-000002", "step-000004"]
+    assert [line["step"] for line in lines_of(output)] == [1, 2, 3, 4]
+    check_checkpoint(root / "step-000004")
+
+
+def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
+    before = {f.name for f in tmp_path.iterdir()}
+    fit(small, "auto", Console(quiet=True))
+    # Nothing is written outside the run's folder.
+    assert {f.name for f in tmp_path.iterdir()} - before == {"run"}
+    inside = {f.name for f in Path(small.output_dir).iterdir()}
+    assert inside == {"cache", "checkpoints", "config.yaml", "metrics.jsonl"}
+    folder = Path(small.output_dir) / "checkpoints" / "step-000004"
+    files = {f.name for f in folder.iterdir()}
+    assert files == {
+        *("student.safetensors", "fake_score.safetensors", "ema.safetensors", "random.safetensors"),
+        *("optimizer_student.safetensors", "optimizer_fake_score.safetensors"),
+        *("optimizer_student.json", "optimizer_fake_score.json", "state.json", "sampling.json", "manifest.json"),
+        "config.yaml",
+    }
+    for file in folder.iterdir():
+        head = file.read_bytes()[:16]
+        assert not head.startswith((b"PK", b"\x80")), file.name  # zip, as torch.save writes, and pickle itself
+        if file.suffix == ".safetensors":
+            length = int.from_bytes(head[:8], "little")
+            json.loads(file.read_bytes()[8 : 8 + length])
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+    assert configuration.load(folder / "config.yaml") == small
+    assert yaml.safe_load((folder / "config.yaml").read_text())["student"]["rank"] == 4
+    sampling = read_json(folder, "sampling.json")
+    assert sampling["timesteps"] == [1000.0, 757.0, 522.0] and sampling["sigmas"] == [1.0, 0.757, 0.522]
+    assert read_json(folder, "state.json") == {"step": 4, "student_updates": 2, "bad_steps": 0, "bad_in_a_row": 0}
+    assert set(check_checkpoint(folder)["sha256"]) == files - {"manifest.json"}
