@@ -31,11 +31,6 @@ from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.trainer import find_resume, fit
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    """What should hold and does not yet; strict, so that the mark goes when the bug goes."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models of a few thousand weights: threads cost more than they give."""
@@ -121,7 +116,6 @@ def test_only_the_newest_stay(tmp_path):
     assert names(tmp_path) == ["step-1000001"]
 
 
-@bug("keep goes by the step: of a run that went back to an earlier checkpoint it removes what was just written")
 def test_what_was_just_written_stays(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path, step, keep=3)
@@ -199,7 +193,7 @@ def test_a_new_checkpoint_appears_at_its_rename(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "number",
-    [1, pytest.param(2, marks=bug("between its two renames neither the old nor the new checkpoint is listed"))],
+    [1, 2],
 )
 def test_a_kill_while_a_step_is_replaced_leaves_one_of_both(tmp_path, monkeypatch, number):
     write(tmp_path, 4)
@@ -333,7 +327,6 @@ def test_identical_can_tell():
         assert not identical(a, b)
 
 
-@bug("safetensors refuses tensors that share memory, as the code books of 8-bit moments do on the CPU")
 def test_tensors_that_share_their_memory(tmp_path):
     book = torch.randn(256)
     state = {0: {"book": book}, 1: {"book": book}}
@@ -451,7 +444,6 @@ def test_resume_from_a_folder(run, settings_of_a_run, tmp_path):
     assert find_resume(config, str(tmp_path / "link" / "checkpoints" / "step-000002")) is not None
 
 
-@bug("an output folder with someone else's files is refused by auto and never, but not with a folder")
 def test_resume_from_a_folder_into_a_foreign_one(run, settings_of_a_run, tmp_path):
     foreign = tmp_path / "holidays"
     foreign.mkdir()

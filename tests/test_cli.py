@@ -234,7 +234,7 @@ def test_warped_steps_are_resolved_with_the_models_shift(config_file):
             {"rollout.causal": True, "rollout.num_training_frames": 31},
             ["rollout.num_training_frames: 31 latent frames; it must be a multiple of num_frame_per_block (3)"],
         ),
-        ({"rollout.num_training_frames": 2000}, ["rollout.num_training_frames: 2000", "1024 latent frames"]),
+        ({"rollout.num_training_frames": 2000}, ["rollout.num_training_frames: 2000", "the model has 1024"]),
         ({"data.prompts": "/no/prompts.txt"}, ["data.prompts: /no/prompts.txt: no such file"]),
         ({"data.prompts": "/tmp"}, ["data.prompts: /tmp: cannot be read as text"]),
         ({"validation.prompts": "/no/prompts.txt"}, ["validation.prompts: /no/prompts.txt: no such file"]),
@@ -347,8 +347,8 @@ def test_broken_model_folders(refused_fit, broken_folder, edit, says, role):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (truncate("transformer"), ["transformer can not be loaded: "]),
-        (truncate("text_encoder"), ["text_encoder holds broken weights: "]),
+        (truncate("transformer"), ["transformer/", "is broken: "]),
+        (truncate("text_encoder"), ["text_encoder/", "is broken: "]),
         (edit_json("transformer/config.json", ffn_dim=64), ["transformer can not be loaded: ", "ffn"]),
         pytest.param(drop_tensor("transformer"), ["transformer"]),
         pytest.param(drop_tensor("text_encoder"), ["text_encoder"]),
@@ -370,7 +370,7 @@ def test_a_codec_that_is_broken_when_it_is_needed(wan_folder, trained, ckpt, tmp
     moved = edited_checkpoint(ckpt, tmp_path, lambda text: text.replace(str(wan_folder), str(folder)))
     refused(
         *("generate", "--ckpt", moved, "a cat", "--out", tmp_path / "a.mp4"),
-        says=[f"{folder}: vae can not be loaded: "],
+        says=[f"{folder}: vae/", "is broken: "],
     )
     assert not (tmp_path / "a.mp4").exists()
 
@@ -577,7 +577,7 @@ def test_commands_on_a_student_that_was_trained_whole(trained, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "export-lora"])  # which needs no model
 def test_a_model_folder_that_has_gone(command, wan_folder, ckpt, tmp_path):
     moved = edited_checkpoint(ckpt, tmp_path, lambda text: text.replace(str(wan_folder), "/no/where"))
     args = [a.replace("OUT", str(tmp_path / "out")) for a in COMMANDS[command]]

@@ -28,11 +28,6 @@ ROLES = ("student", "fake_score")
 QUIET = {"validation.every": 0, "log.tensorboard": False}
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    """What should hold and does not yet; strict, so that the mark goes when the bug goes."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models of a few thousand weights: threads cost more than they give."""
@@ -143,10 +138,9 @@ RESUMED = {
         },
     ),
 }
-MARKS = {"adamw8bit": bug("safetensors refuses the code book that all 8-bit moments share (on the CPU)")}
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=MARKS.get(case, ())) for case in RESUMED])
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_equals_one_without_a_break(train, tmp_path, case):
     """Killed after its step `at`, with what it logged since then left behind; prompts are in mid-epoch."""
     at, changes = RESUMED[case]
@@ -433,7 +427,6 @@ def test_a_stopped_run_keeps_its_checkpoint_and_can_go_on(make, train, settings)
     assert all(line["bad_steps"] == 0 and math.isfinite(line["critic_loss"]) for line in lines)
 
 
-@bug("a bad step is saved like any other, and `keep` then removes the last good checkpoint")
 def test_no_checkpoint_is_made_of_a_run_that_has_gone_bad(make):
     """Weights that went bad after step 2: what step 4 saves can not be resumed from."""
     trainer = make(**{"train.max_steps": 9, "train.max_bad_steps": 4, "checkpoint.every": 2, "checkpoint.keep": 1})

@@ -36,7 +36,11 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Complete checkpoints, oldest first. One whose replacement was cut off between two renames is put back."""
+    for old in root.glob(".step-*.old"):
+        final = root / old.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            old.rename(final)
     found = [f for f in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name) and (f / MANIFEST).exists()]
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
 
@@ -57,7 +61,7 @@ def sha256(file: Path) -> str:
 def write_checkpoint(
     root: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], keep: int
 ) -> Path:
-    """Writes `step`'s checkpoint and then removes all but the newest `keep`.
+    """Writes `step`'s checkpoint and then removes the oldest others until `keep` are left.
 
     Args:
         tensors: file stem -> tensors. texts: file name -> content.
@@ -67,7 +71,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for stem, content in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, partial / f"{stem}.safetensors")
+        save_file(_separate(content), partial / f"{stem}.safetensors")
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
     sums = {file.name: sha256(file) for file in sorted(partial.iterdir())}
@@ -85,9 +89,22 @@ def write_checkpoint(
     else:
         partial.rename(final)
     _sync(root)
-    for stale in list_checkpoints(root)[:-keep]:
+    others = [folder for folder in list_checkpoints(root) if folder != final]
+    for stale in others[: max(0, len(others) - (keep - 1))]:
         shutil.rmtree(stale)
     return final
+
+
+def _separate(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, each with memory of its own, as safetensors wants them (8-bit moments share code books)."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in content.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
 
 
 def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
@@ -100,10 +117,12 @@ def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
         raise ConfigError(f"{key}: {folder}: not a checkpoint ({MANIFEST} is missing)") from None
     except ValueError:
         raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
+    if not isinstance(manifest, dict):
         raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken")
-    if manifest.get("format") != FORMAT:
-        raise ConfigError(f"{key}: {folder}: format {manifest.get('format')}; this version reads {FORMAT}")
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise ConfigError(f"{key}: {folder}: format {manifest['format']}; this version reads {FORMAT}")
+    if not isinstance(manifest.get("sha256"), dict):
+        raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken")
     for name, wanted in manifest["sha256"].items():
         file = folder / name
         if not file.exists():

@@ -38,8 +38,11 @@ def find_resume(config: Config, resume: str) -> Path | None:
     output = Path(config.output_dir)
     above = next(folder for folder in (output, *output.parents) if folder.exists())
     if not above.is_dir():
-        raise ConfigError(f"output_dir: {output}: {above} is not a folder")
+        where = f"{output}: {above}" if above != output else output
+        raise ConfigError(f"output_dir: {where} is not a folder")
     owned = output / "config.yaml"
+    if not owned.exists() and output.exists() and any(f.name != "cache" for f in output.iterdir()):
+        raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
     if resume not in ("auto", "never"):
         folder = Path(resume)
         checkpoints.check_checkpoint(folder, "--resume")
@@ -53,8 +56,6 @@ def find_resume(config: Config, resume: str) -> Path | None:
                 f"output_dir: {output} already holds a run; choose another with --output-dir, or --resume auto"
             )
         _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
-    elif output.exists() and any(f.name != "cache" for f in output.iterdir()):
-        raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
     found = checkpoints.list_checkpoints(output / CHECKPOINTS)
     if not found:
         return None
@@ -259,14 +260,17 @@ class Trainer:
         log = MetricsLog(output, self.step, config.log.tensorboard)
         try:
             with Live(config.train.max_steps, self.step, self.console) as live:
+                save_due = False
                 while self.step < config.train.max_steps:
                     values = self.train_step()
                     last = self.step == config.train.max_steps
                     live.step(self.step, _progress_text(values))
                     if self.step % config.log.every == 0 or last:
                         log.write(self.step, values)
-                    if self.step % config.checkpoint.every == 0 or last:
+                    save_due |= self.step % config.checkpoint.every == 0 or last
+                    if save_due and not self.bad_in_a_row:  # weights that went bad never replace good ones
                         self.save()
+                        save_due = False
                         live.restart_clock()
                     if config.validation.every and (self.step % config.validation.every == 0 or last):
                         self.validate(log)
