@@ -2,8 +2,8 @@
 
     python benchmarks/wan_tiny.py --ckpt output/wan-tiny/checkpoints/step-000400 [--ckpt ...] --out benchmarks/wan_tiny.json
 
-Rows: the teacher at many steps, the teacher at 3 steps with and without guidance (its own Euler schedule, and the student's
-re-noising sampler on the student's timesteps), and every student. The Frechet distance is to fresh samples of the
+Rows: the teacher at many steps; the teacher at 3 steps with and without guidance, on the pipeline's grid and on an even one;
+the undistilled base under the student's own sampler; and every student. The Frechet distance is to fresh samples of the
 teacher at many steps; the teacher's own distance between two such sets is the floor.
 """
 
@@ -61,10 +61,17 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    for steps, scale in ((args.teacher_steps, guidance), (3, guidance), (3, 1.0)):
+    thirds = [1.0, 2 / 3, 1 / 3]  # before the scheduler's shift; its own grid for 3 steps ends near sigma 0
+    for steps, scale, sigmas in (
+        (args.teacher_steps, guidance, None),
+        (3, guidance, None),
+        (3, 1.0, None),
+        (3, guidance, thirds),
+        (3, 1.0, thirds),
+    ):
         started = time.monotonic()
-        latents = renderer.teacher(prompts, 0, shape, steps, scale)
-        name = f"teacher, {steps} steps, guidance {scale:g}"
+        latents = renderer.teacher(prompts, 0, shape, steps, scale, sigmas=sigmas)
+        name = f"teacher, {steps} steps{', even grid' if sigmas else ''}, guidance {scale:g}"
         add(name, latents, time.monotonic() - started, steps * (2 if scale != 1 else 1))
     # What distillation starts from: the base under the student's sampler, adapters off.
     renderer.roles.roles["student"] = renderer.roles.roles["teacher"]

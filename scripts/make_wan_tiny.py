@@ -1,6 +1,6 @@
 """Builds and trains wan-tiny, the miniature of Wan 2.1 that ships in `src/dmdtrain/assets/wan-tiny`.
 
-    python scripts/make_wan_tiny.py --work build/wan-tiny                # everything, about two hours on 2 cores
+    python scripts/make_wan_tiny.py --work build/wan-tiny                # everything, less than an hour on 2 cores
     python scripts/make_wan_tiny.py --work build/wan-tiny --stage codec  # stop after a stage
 
 Three stages, each seeded and restartable (its state is saved every minute, a restart goes on from there):
