@@ -95,3 +95,13 @@ def test_the_miniature_config_passes_every_check_before_a_model_is_loaded(tmp_pa
     assert result.exit_code == 0, result.output
     assert "1000, 757, 522" in result.output and "uncond + w (cond - uncond)" in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_score_timesteps_that_no_step_could_draw_are_refused_before_a_model_is_loaded(tmp_path):
+    bounds = {"ts_schedule": "false", "ts_schedule_max": "true", "min_score_timestep": "600"}
+    args = [part for key, value in bounds.items() for part in ("--set", f"dmd.{key}={value}")]
+    result = CliRunner().invoke(
+        app, ["fit", str(CONFIGS / "wan_tiny.yaml"), "--dry-run", "--output-dir", str(tmp_path / "run"), *args]
+    )
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert "dmd.min_score_timestep" in result.stderr and "no integer in [600, 522)" in result.stderr

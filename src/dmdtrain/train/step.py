@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from dmdtrain import dmd
-from dmdtrain.config import Config, Rollout
+from dmdtrain.config import Config, ConfigError, Rollout
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
 from dmdtrain.models.causal import CausalView, KVCache
 from dmdtrain.models.roles import RoleName, Roles
@@ -65,6 +65,29 @@ def student_denoiser(
     return denoise
 
 
+def score_range(config: Config, timesteps: list[float], exit_step: int) -> tuple[int, int]:
+    """[low, high) of the score timesteps, before the shift, of a rollout that left at `exit_step`."""
+    return dmd.score_timestep_range(
+        timesteps[exit_step],
+        timesteps[exit_step + 1] if exit_step + 1 < len(timesteps) else 0.0,
+        ts_schedule=config.dmd.ts_schedule,
+        ts_schedule_max=config.dmd.ts_schedule_max,
+        min_score_timestep=config.dmd.min_score_timestep,
+    )
+
+
+def check_score_ranges(config: Config, timesteps: list[float]) -> None:
+    """Raises ConfigError where some exit step would leave no score timestep to draw."""
+    for exit_step, timestep in enumerate(timesteps):
+        try:
+            score_range(config, timesteps, exit_step)
+        except ValueError as error:
+            raise ConfigError(
+                f"dmd.min_score_timestep, ts_schedule, ts_schedule_max: {error} for the student's step at "
+                f"{timestep:g}; valid bounds leave at least one"
+            ) from None
+
+
 class Distiller:
     """The DMD losses of one run.
 
@@ -103,14 +126,7 @@ class Distiller:
         )
         noise = draw_noise(len(self.timesteps), (n, *self.latent_shape), generator)
         # One score timestep serves all frames (the teacher is bidirectional): the last block's exit step bounds it.
-        last = exit_steps[-1]
-        low, high = dmd.score_timestep_range(
-            self.timesteps[last],
-            self.timesteps[last + 1] if last + 1 < len(self.timesteps) else 0.0,
-            ts_schedule=settings.ts_schedule,
-            ts_schedule_max=settings.ts_schedule_max,
-            min_score_timestep=settings.min_score_timestep,
-        )
+        low, high = score_range(self.config, self.timesteps, exit_steps[-1])
         score_timestep = dmd.sample_score_timesteps(
             n,
             generator,

@@ -22,7 +22,7 @@ from dmdtrain.train.ema import Ema
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
-from dmdtrain.train.step import Distiller, Stats
+from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 
 
 class TrainingStopped(Exception):
@@ -287,6 +287,7 @@ def _progress_text(values: dict[str, float]) -> str:
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
     """`dmdtrain fit`: resolve, check, build, resume, train."""
     run = resolve(config)
+    check_score_ranges(config, run.timesteps)
     checkpoint = find_resume(config, resume)
     for line in describe(run):
         console.print(line, soft_wrap=True, highlight=False)
