@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import shutil
@@ -437,6 +438,25 @@ def test_no_checkpoint_is_made_of_a_run_that_has_gone_bad(make):
     with pytest.raises(TrainingStopped, match=r"^step 6: .* then resume from the last checkpoint$"):
         trainer.fit()
     assert list_checkpoints(good.parent) == [good]
+
+
+def test_a_run_whose_last_step_is_bad_names_a_checkpoint_that_is_there(settings, monkeypatch):
+    """Step 3 of 3; step 2 was saved."""
+    config = changed(settings, {"train.max_steps": 3, "checkpoint.every": 2})
+    step = Trainer.train_step
+
+    def last_is_bad(self: Trainer) -> dict[str, float]:
+        parameter = self.roles.parameters("fake_score")[1]
+        handle = parameter.register_hook(lambda g: g * math.nan if self.step == 3 else g)
+        values = step(self)
+        handle.remove()
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", last_is_bad)
+    printed = Console(record=True, file=io.StringIO(), width=1000)
+    fit(config, "auto", printed)
+    (done,) = [line for line in printed.export_text().splitlines() if line.startswith("done: ")]
+    assert Path(done.removeprefix("done: ")).is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------- clipping

@@ -200,8 +200,12 @@ def add_adapter(
     """A LoRA adapter on the matching linear layers.
 
     Raises:
-        ValueError: no layer matches `spec.targets`.
+        ValueError: a target is the end of no linear layer's name.
     """
+    layers = [key for key, layer in module.named_modules() if isinstance(layer, (nn.Linear, BaseTunerLayer))]
+    for target in spec.targets:
+        if not any(key == target or key.endswith(f".{target}") for key in layers):
+            raise ValueError(f"{target} is the end of no linear layer's name")
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]

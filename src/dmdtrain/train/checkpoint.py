@@ -146,6 +146,7 @@ def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
+            assert path not in tensors, f"two tensors at {path}"
             tensors[path] = value
             return {"tensor": path}
         if isinstance(value, dict):

@@ -298,8 +298,10 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
     output = run.output_dir
-    for leftover in (output / CHECKPOINTS).glob(".step-*.partial"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover)
+    checkpoints.list_checkpoints(output / CHECKPOINTS)  # puts back what a kill left between two names
+    for pattern in (".step-*.partial", ".step-*.old"):  # of a run that was killed while it saved
+        for leftover in (output / CHECKPOINTS).glob(pattern):
+            shutil.rmtree(leftover)
     # The folder is the run's from here on: what failed before leaves it free.
     partial = output / ".config.yaml.partial"
     partial.write_text(configuration.dump(config), encoding="utf-8")
@@ -311,4 +313,11 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
         console.print(f"nothing to do: the run already has its {config.train.max_steps} steps", soft_wrap=True)
         return
     trainer.fit()
-    console.print(f"done: {output / CHECKPOINTS / f'step-{trainer.step:06d}'}", soft_wrap=True)
+    saved = checkpoints.list_checkpoints(output / CHECKPOINTS)
+    if trainer.bad_in_a_row:
+        kept = f"the newest checkpoint is {saved[-1].name}" if saved else "there is no checkpoint"
+        console.print(
+            f"the last {trainer.bad_in_a_row} steps were not finite and were not saved; {kept}", soft_wrap=True
+        )
+    if saved:
+        console.print(f"done: {saved[-1]}", soft_wrap=True)
