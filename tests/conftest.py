@@ -39,6 +39,15 @@ def tiny_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     return model.eval()
 
 
+@pytest.fixture
+def one_thread():
+    """Models of a few thousand weights: threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory) -> Path:
     """A complete Wan folder with random weights: 4 latent channels, 8 x 8 x 4 compression, 16-d text."""

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,14 +30,7 @@ from dmdtrain.train.checkpoint import (
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.trainer import find_resume, fit
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models of a few thousand weights: threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contents(step: int) -> dict[str, dict[str, torch.Tensor]]:

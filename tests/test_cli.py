@@ -398,7 +398,7 @@ def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder)
 def test_targets_that_match_nothing(config_file):
     refused(
         *("fit", config_file({"student.targets": ["nowhere", "to_z"]})),
-        says=["student.targets: nowhere, to_z: ", "nowhere is the end of no linear layer",
+        says=["student.targets: nowhere, to_z: ", "nowhere is the end of no linear layer"],
     )
 
 

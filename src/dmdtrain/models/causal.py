@@ -82,11 +82,17 @@ class ViewHolder:
     view: CausalView | None = field(default=None)
 
 
-class CausalSelfAttention:
-    """Processor of a self-attention layer. Without a view it is the stock one."""
+@dataclass
+class _Processor:
+    """An attention processor of one layer; without a view it does what `stock` does."""
 
-    def __init__(self, layer: int, holder: ViewHolder, stock: WanAttnProcessor):
-        self.layer, self.holder, self.stock = layer, holder, stock
+    layer: int
+    holder: ViewHolder
+    stock: WanAttnProcessor
+
+
+class CausalSelfAttention(_Processor):
+    """Of a self-attention layer: attends to the visible cached frames and to its own."""
 
     def __call__(
         self,
@@ -112,11 +118,8 @@ class CausalSelfAttention:
         return _attend(attn, self.stock, query, key, value)
 
 
-class CachedCrossAttention:
-    """Processor of a cross-attention layer that keeps the prompt's K/V for passes without gradient."""
-
-    def __init__(self, layer: int, holder: ViewHolder, stock: WanAttnProcessor):
-        self.layer, self.holder, self.stock = layer, holder, stock
+class CachedCrossAttention(_Processor):
+    """Of a cross-attention layer: keeps the prompt's K/V for passes without gradient."""
 
     def __call__(
         self,
