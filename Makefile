@@ -42,8 +42,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Scores the demo's student; run `make demo` first.
 bench: setup
-	$(BIN)/python benchmarks/wan_tiny.py
+	$(BIN)/python benchmarks/wan_tiny.py --ckpt "$$(ls -d $(DEMO)/checkpoints/step-* | sort | tail -n 1)" --out $(DEMO)/benchmark.json
 
 wan-tiny: setup
 	$(BIN)/python scripts/make_wan_tiny.py
