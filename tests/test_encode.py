@@ -240,11 +240,12 @@ def test_contact_sheet_shows_prompts_by_models():
         "student": torch.stack([flat(*blue), gradient_video(9, 32, 48)]),
     }
     sheet = contact_sheet(columns, ["one", "two"], num_shown=3)
-    height, width, gap, line = 64, 96, 8, 16
-    assert sheet.size == (gap + 2 * (3 * width + gap), line + 2 * (line + height + gap))
+    height, width, gap, line, between = 64, 96, 8, 16, 2
+    strip = 3 * (width + between) - between
+    assert sheet.size == (gap + 2 * (strip + gap), line + 2 * (line + height + gap))
 
     def pixel(column: int, row: int, shown: int, x: int = width // 2, y: int = height // 2) -> tuple:
-        left = gap + column * (3 * width + gap) + shown * width
+        left = gap + column * (strip + gap) + shown * (width + between)
         return sheet.getpixel((left + x, line + row * (line + height + gap) + line + y))
 
     for shown in range(3):

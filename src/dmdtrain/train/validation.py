@@ -195,8 +195,8 @@ def contact_sheet(columns: dict[str, torch.Tensor], prompts: list[str], num_show
     height, width = height // scale, width // scale
     shown = np.linspace(0, total - 1, min(num_shown, total)).round().astype(int)
     font = ImageFont.load_default()
-    gap, line = 8, 16
-    strip = width * len(shown)
+    gap, line, between = 8, 16, 2
+    strip = (width + between) * len(shown) - between
     sheet = Image.new("RGB", (gap + (strip + gap) * len(rows), line + (height + line + gap) * len(prompts)), "white")
     draw = ImageDraw.Draw(sheet)
     for c, (name, videos) in enumerate(rows.items()):
@@ -208,7 +208,7 @@ def contact_sheet(columns: dict[str, torch.Tensor], prompts: list[str], num_show
                 draw.text((left, top), prompts[r], "black", font)
             for i, index in enumerate(shown):
                 image = Image.fromarray(frames[index]).resize((width, height))
-                sheet.paste(image, (left + i * width, top + line))
+                sheet.paste(image, (left + i * (width + between), top + line))
     return sheet
 
 
