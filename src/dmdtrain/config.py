@@ -75,6 +75,11 @@ def check_num_frames(num_frames: int, key: str = "num_frames") -> None:
         )
 
 
+def latent_frames(num_frames: int) -> int:
+    """Latent frames of 1 + 4k video frames."""
+    return 1 + (num_frames - 1) // VAE_TEMPORAL_FACTOR
+
+
 def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, key: str) -> tuple[int, int]:
     """(height, width) in pixels.
 
@@ -204,7 +209,12 @@ class Rollout(Group):
     causal: bool = False
     """Generate block by block through a KV cache. False: the bidirectional student, one block of all frames."""
     num_training_frames: Count = 21
-    """Latent frames of a training rollout. 21 latent frames are 81 video frames."""
+    """Latent frames of a training rollout, at most. 21 latent frames are 81 video frames."""
+    min_training_frames: Count | None = None
+    """Latent frames of a training rollout, at least: each update draws a length, in whole blocks. None: always the most."""
+    num_gradient_frames: Count | None = None
+    """Only the last so many latent frames of a rollout are scored and trained, in whole blocks; those before are context.
+    For rollouts longer than what the teacher knows. None: all (causal students)."""
     num_frame_per_block: Count = 3
     """Latent frames of a temporal block (causal students)."""
     independent_first_frame: bool = False
@@ -230,17 +240,76 @@ class Rollout(Group):
                 f"local_attention_frames: {local} is below num_frame_per_block + sink_frames "
                 f"({self.num_frame_per_block + self.sink_frames})"
             )
-        if self.causal:
-            first = 1 if self.independent_first_frame else 0
-            if self.num_training_frames <= first or (self.num_training_frames - first) % self.num_frame_per_block:
-                rule = f"{'1 + ' if first else ''}a multiple of num_frame_per_block ({self.num_frame_per_block})"
-                blocks = max(1, (self.num_training_frames - first) // self.num_frame_per_block)
-                near = [first + count * self.num_frame_per_block for count in (blocks, blocks + 1)]
+        least, gradient = self.min_training_frames, self.num_gradient_frames
+        if least is not None and least > self.num_training_frames:
+            raise ValueError(f"min_training_frames: {least} is above num_training_frames ({self.num_training_frames})")
+        if not self.causal:
+            if gradient is not None:
+                raise ValueError(f"num_gradient_frames: {gradient} needs causal: true; valid without it is null")
+            return self
+        for key, frames in (("num_training_frames", self.num_training_frames), ("min_training_frames", least)):
+            if frames is not None and (near := self.nearest_blocks(frames)):
                 raise ValueError(
-                    f"num_training_frames: {self.num_training_frames} latent frames; it must be {rule}, "
-                    f"the nearest are {near[0]} and {near[1]}"
+                    f"{key}: {frames} latent frames; it must be {self.block_rule}, the nearest are {near[0]} and {near[1]}"
                 )
+        if gradient is not None and gradient < self.num_training_frames and gradient % self.num_frame_per_block:
+            raise ValueError(
+                f"num_gradient_frames: {gradient} latent frames; below num_training_frames it must be a multiple of "
+                f"num_frame_per_block ({self.num_frame_per_block})"
+            )
         return self
+
+    def nearest_blocks(self, latent_frames: int) -> tuple[int, int] | None:
+        """None where a causal student's blocks make up so many latent frames, else the nearest counts that they do."""
+        first, size = int(self.independent_first_frame), self.num_frame_per_block
+        if latent_frames > first and (latent_frames - first) % size == 0:
+            return None
+        blocks = max(1, (latent_frames - first) // size)
+        return first + blocks * size, first + (blocks + 1) * size
+
+    @property
+    def block_rule(self) -> str:
+        return f"{'1 + ' * self.independent_first_frame}a multiple of num_frame_per_block ({self.num_frame_per_block})"
+
+    @property
+    def scored_frames(self) -> int:
+        """Latent frames that the scores see, of the longest rollout."""
+        return min(self.num_training_frames, self.num_gradient_frames or self.num_training_frames)
+
+
+def check_blocks(rollout: Rollout, num_frames: int, key: str) -> None:
+    """Raises ValueError unless a student's temporal blocks make up `num_frames` video frames."""
+    check_num_frames(num_frames, key)
+    near = rollout.nearest_blocks(latent_frames(num_frames)) if rollout.causal else None
+    if near is not None:
+        counts = " and ".join(str(1 + VAE_TEMPORAL_FACTOR * (count - 1)) for count in near)
+        hint = "" if rollout.independent_first_frame else ", or set rollout.independent_first_frame where 1 + blocks fits"
+        raise ValueError(
+            f"{key}: {num_frames} frames are {latent_frames(num_frames)} latent frames; they must be {rollout.block_rule}; "
+            f"the nearest valid counts are {counts}{hint}"
+        )
+
+
+class Warmup(Group):
+    """What a causal student learns before DMD, which does not repair one that starts from a bidirectional base."""
+
+    kind: Literal["none", "teacher_forcing", "ode_regression"] = "none"
+    """teacher_forcing: flow matching of each block on clean earlier ones. ode_regression: from the teacher's own trajectory
+    at the student's denoising steps to its end, on clean earlier blocks."""
+    steps: Count = 1000
+    """Updates of the student, each of as many videos as later; then DMD starts at step 0."""
+    lr: Positive = 1e-4
+    """After a linear rise over lr_warmup_steps; otherwise `optimizer` holds here too."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    data: str | None = None
+    """Folder made by `dmdtrain synthesize`. None: fit makes num_samples in output_dir/cache/warmup, and goes on there when
+    it was interrupted."""
+    num_samples: Count = 1000
+    """Teacher videos that fit makes."""
+    teacher_steps: Count = 50
+    """Steps of the teacher in them."""
+    timestep_shift: Positive | None = None
+    """teacher_forcing: shift of the noise levels, one a block. None: model.flow_shift."""
 
 
 class Data(Group):
@@ -359,6 +428,7 @@ class Config(Group):
     fake_score: FakeScore = FakeScore()
     dmd: Dmd = Dmd()
     rollout: Rollout = Rollout()
+    warmup: Warmup = Warmup()
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -381,6 +451,11 @@ class Config(Group):
                 raise ValueError(
                     f"{name}.kind: full can not be trained on model.precision int8; valid is lora, or bf16"
                 )
+        if self.warmup.kind != "none" and not self.rollout.causal:
+            raise ValueError(
+                f"warmup.kind: {self.warmup.kind} is for causal students (rollout.causal: true); valid without is none"
+            )
+        check_blocks(self.rollout, self.validation.num_frames, "validation.num_frames")
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optimizer.lr ({self.optimizer.lr})")
         if not self.ema.enabled and self.ema.validate_with != "raw":

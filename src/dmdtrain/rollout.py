@@ -6,7 +6,7 @@ The block layout, the exit steps and every noise are data. A bidirectional stude
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -51,18 +51,13 @@ class BlockLayout:
         return cls((num_frames,))
 
     @classmethod
-    def blocks(
-        cls, num_frames: int, num_frame_per_block: int, independent_first_frame: bool = False, short_last: bool = False
-    ) -> BlockLayout:
-        """Equal blocks, after a first one of a single frame where `independent_first_frame`.
-
-        short_last: what is left over becomes a shorter last block (for sampling); otherwise ValueError.
-        """
+    def blocks(cls, num_frames: int, num_frame_per_block: int, independent_first_frame: bool = False) -> BlockLayout:
+        """Equal blocks, after a first one of a single frame where `independent_first_frame`; ValueError if they do not fit."""
         first = (1,) if independent_first_frame else ()
         count, rest = divmod(num_frames - len(first), num_frame_per_block)
-        if rest and not short_last:
+        if rest:
             raise ValueError(f"{num_frames} latent frames do not divide into blocks of {num_frame_per_block}")
-        return cls((*first, *[num_frame_per_block] * count, *[rest] * bool(rest)))
+        return cls((*first, *[num_frame_per_block] * count))
 
     @property
     def num_frames(self) -> int:
@@ -109,57 +104,67 @@ def draw_noise(num_steps: int, shape: Sequence[int], generator: torch.Generator)
 
 
 @torch.no_grad()
+def roll_out_blocks(
+    denoise: Denoiser,
+    noise: Callable[[slice], torch.Tensor],
+    timesteps: Sequence[float],
+    layout: BlockLayout,
+    exit_steps: Sequence[int],
+    *,
+    context_timestep: float = 0.0,
+    on_step: Callable[[], None] | None = None,
+) -> Iterator[tuple[torch.Tensor, ExitRecord]]:
+    """Denoises block by block, without a graph; yields each block's x0 [B, C, t, H, W] as it is finished.
+
+    Each block starts from noise 0 and walks down `timesteps`; after every step but its exit step it is noised again, with
+    fresh noise, to the next timestep. A finished block that others follow gets one more pass that writes its keys and
+    values: clean at timestep 0, or noised to `context_timestep`.
+
+    Args:
+        noise: a block's frames -> [S, B, C, t, H, W] as `draw_noise` makes it, S = len(timesteps); with one more where
+            `context_timestep` is above 0, for the cache.
+        timesteps: descending, in (0, 1000]. exit_steps: per block, an index into `timesteps`.
+        on_step: called after every denoising step, for a progress display.
+    """
+    slices = layout.slices
+    for index, (frames, exit_step) in enumerate(zip(slices, exit_steps, strict=True)):
+        drawn = noise(frames)
+        latents = drawn[0]
+        x0 = latents
+        for step in range(exit_step + 1):
+            timestep = timesteps[step]
+            x0 = predict_x0(denoise, latents, timestep, frames)
+            if step == exit_step:
+                record = ExitRecord(frames, latents, timestep)
+            else:
+                latents = _noised(x0, drawn[step + 1], timesteps[step + 1])
+            if on_step is not None:
+                on_step()
+        yield x0, record
+        if index + 1 < len(slices):
+            seen = _noised(x0, drawn[len(timesteps)], context_timestep) if context_timestep > 0 else x0
+            denoise(seen, x0.new_full((len(x0),), context_timestep), frames=frames, write_cache=True)
+
+
 def rollout(
     denoise: Denoiser,
     noise: torch.Tensor,
     timesteps: Sequence[float],
     layout: BlockLayout,
     exit_steps: Sequence[int],
-    *,
-    context_timestep: float = 0.0,
-    context_noise: torch.Tensor | None = None,
-    on_step: Callable[[], None] | None = None,
+    **options: Any,
 ) -> RolloutResult:
-    """Denoises block by block, without a graph.
+    """`roll_out_blocks` of a whole video. noise: [S, B, C, T, H, W] of all blocks; the other arguments are the same."""
+    needed = len(timesteps) + (options.get("context_timestep", 0) > 0)
+    if noise.shape[0] != needed or noise.shape[3] != layout.num_frames:
+        raise ValueError(f"noise {tuple(noise.shape)} does not fit {needed} draws and {layout.num_frames} latent frames")
+    blocks = roll_out_blocks(denoise, lambda frames: noise[:, :, :, frames], timesteps, layout, exit_steps, **options)
+    x0s, records = zip(*blocks, strict=True)
+    return RolloutResult(torch.cat(x0s, dim=2), list(records))
 
-    Each block starts from noise 0 and walks down `timesteps`; after every step but its exit step it is noised again, with
-    fresh noise, to the next timestep. A finished block that others follow gets one more pass that writes its keys and
-    values: clean at timestep 0, or noised to `context_timestep` with `context_noise`.
 
-    Args:
-        noise: [S, B, C, T, H, W], as `draw_noise` makes it; S = len(timesteps).
-        timesteps: descending, in (0, 1000]. exit_steps: per block, an index into `timesteps`.
-        context_noise: [B, C, T, H, W], needed where `context_timestep` is above 0.
-        on_step: called after every denoising step, for a progress display.
-    """
-    if noise.shape[0] != len(timesteps) or noise.shape[3] != layout.num_frames:
-        raise ValueError(
-            f"noise {tuple(noise.shape)} does not fit {len(timesteps)} steps and {layout.num_frames} latent frames"
-        )
-    slices = layout.slices
-    blocks, records = [], []
-    for index, (frames, exit_step) in enumerate(zip(slices, exit_steps, strict=True)):
-        latents = noise[0, :, :, frames]
-        x0 = latents
-        for step in range(exit_step + 1):
-            timestep = timesteps[step]
-            x0 = predict_x0(denoise, latents, timestep, frames)
-            if step == exit_step:
-                records.append(ExitRecord(frames, latents, timestep))
-            else:
-                sigma = x0.new_full((len(x0),), sigma_from_timestep(timesteps[step + 1]))
-                latents = add_noise(x0, noise[step + 1, :, :, frames], sigma)
-            if on_step is not None:
-                on_step()
-        blocks.append(x0)
-        if index + 1 < len(slices):
-            seen = x0
-            if context_timestep > 0:
-                assert context_noise is not None
-                sigma = x0.new_full((len(x0),), sigma_from_timestep(context_timestep))
-                seen = add_noise(x0, context_noise[:, :, frames], sigma)
-            denoise(seen, x0.new_full((len(x0),), context_timestep), frames=frames, write_cache=True)
-    return RolloutResult(torch.cat(blocks, dim=2), records)
+def _noised(x0: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
+    return add_noise(x0, noise, x0.new_full((len(x0),), sigma_from_timestep(timestep)))
 
 
 def predict_x0(denoise: Denoiser, latents: torch.Tensor, timestep: float, frames: slice) -> torch.Tensor:
@@ -175,19 +180,27 @@ def replay_backward(denoise: Denoiser, records: Sequence[ExitRecord], grad_x0: t
     over the whole video; activations of one block are held at a time.
 
     Args:
-        grad_x0: [B, C, T, H, W], d loss / d x0 of the whole video.
+        grad_x0: [B, C, t, H, W], d loss / d x0 of the video's last t frames. Blocks before them get no gradient.
     """
+    first = records[-1].frames.stop - grad_x0.shape[2]
     for record in records:
-        x0 = predict_x0(denoise, record.noisy, record.timestep, record.frames)
-        torch.autograd.backward(x0, grad_x0[:, :, record.frames].to(x0.dtype))
+        if record.frames.start >= first:
+            x0 = predict_x0(denoise, record.noisy, record.timestep, record.frames)
+            grad = grad_x0[:, :, record.frames.start - first : record.frames.stop - first]
+            torch.autograd.backward(x0, grad.to(x0.dtype))
 
 
 def sample(
-    denoise: Denoiser, noise: torch.Tensor, timesteps: Sequence[float], layout: BlockLayout, **options: Any
-) -> torch.Tensor:
-    """Few-step sampling: the rollout in which every block goes through all steps. Returns x0 [B, C, T, H, W].
+    denoise: Denoiser,
+    noise: Callable[[slice], torch.Tensor],
+    timesteps: Sequence[float],
+    layout: BlockLayout,
+    **options: Any,
+) -> Iterator[torch.Tensor]:
+    """Few-step sampling: the rollout in which every block goes through all steps. Yields x0 [B, C, t, H, W] block by block.
 
-    Arguments and options are `rollout`'s.
+    Arguments and options are `roll_out_blocks`'.
     """
     exit_steps = [len(timesteps) - 1] * len(layout.sizes)
-    return rollout(denoise, noise, timesteps, layout, exit_steps, **options).x0
+    for x0, _ in roll_out_blocks(denoise, noise, timesteps, layout, exit_steps, **options):
+        yield x0

@@ -11,15 +11,15 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, check_num_frames, parse_resolution
+from dmdtrain.config import Config, ConfigError, latent_frames, parse_resolution
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
 from dmdtrain.models.wan import WanFolder, find_folder, load_transformer
-from dmdtrain.rollout import BlockLayout
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.optim import trained_dtype
+from dmdtrain.train.step import block_layout
 
 GUIDANCE_CONVENTION = "uncond + w (cond - uncond)"
 
@@ -35,7 +35,6 @@ class Run:
     validation_prompts: list[str]
     timesteps: list[float]
     validation_timesteps: list[float]
-    layout: BlockLayout
     latent_shape: tuple[int, int, int, int]  # [C, T, H, W] of a training video
     validation_latent_shape: tuple[int, int, int, int]
 
@@ -122,31 +121,14 @@ def resolve(config: Config, *, for_training: bool = True) -> Run:
         validation_prompts=validation_prompts[: config.validation.count],
         timesteps=timesteps,
         validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
-        layout=block_layout(config, frames),
         latent_shape=latent_shape,
         validation_latent_shape=validation_shape,
-    )
-
-
-def block_layout(config: Config, num_frames: int) -> BlockLayout:
-    """Temporal blocks of `num_frames` latent frames; what does not fill a block becomes a shorter last one."""
-    settings = config.rollout
-    if not settings.causal:
-        return BlockLayout.single(num_frames)
-    return BlockLayout.blocks(
-        num_frames, settings.num_frame_per_block, settings.independent_first_frame, short_last=True
     )
 
 
 def resolve_timesteps(steps: list[float], shift: float) -> list[float]:
     """The denoising list through a shift; 1 leaves it as it is."""
     return [float(t) if shift == 1 else shift_timestep(float(t), shift) for t in steps]
-
-
-def latent_frames(num_frames: int) -> int:
-    """Latent frames of `num_frames` = 1 + 4k video frames."""
-    check_num_frames(num_frames)
-    return 1 + (num_frames - 1) // configuration.VAE_TEMPORAL_FACTOR
 
 
 def device_of_this_machine() -> torch.device:
@@ -237,8 +219,7 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
         f"[{1000 * config.dmd.min_timestep_ratio:g}, {1000 * config.dmd.max_timestep_ratio:g}]; "
         f"ts_schedule {str(config.dmd.ts_schedule).lower()}, ts_schedule_max {str(config.dmd.ts_schedule_max).lower()}",
         f"flow shift      {run.flow_shift:g} (the teacher's own sampling schedule)",
-        f"latents         [C, T, H, W] = {list(run.latent_shape)}, {run.layout.num_frames} latent frames in "
-        f"{len(run.layout.sizes)} block{'s' if len(run.layout.sizes) > 1 else ''}",
+        f"latents         [C, T, H, W] = {list(run.latent_shape)}, {_blocks_text(config)}",
         f"update          {config.samples_per_update} videos ({config.train.batch_size} x "
         f"{config.train.gradient_accumulation}); fake score every step, student {updates}",
         f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation",
@@ -254,6 +235,17 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
             count = sum(p.numel() for p in roles.parameters(name))
             lines.append(f"{name.replace('_', ' '):<15} {kind}, {count:,} trained parameters")
     return lines
+
+
+def _blocks_text(config: Config) -> str:
+    settings = config.rollout
+    blocks = len(block_layout(settings, settings.num_training_frames).sizes)
+    text = f"{settings.num_training_frames} latent frames in {blocks} block{'s' if blocks > 1 else ''}"
+    if settings.min_training_frames is not None:
+        text += f", drawn from {settings.min_training_frames}"
+    if settings.num_gradient_frames is not None:
+        text += f", the last {settings.scored_frames} of them scored and trained"
+    return text
 
 
 def sampling_json(run: Run) -> str:

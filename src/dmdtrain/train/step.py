@@ -13,7 +13,7 @@ from dmdtrain.config import Config, ConfigError, Rollout
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
 from dmdtrain.models.causal import CausalView, KVCache
 from dmdtrain.models.roles import RoleName, Roles
-from dmdtrain.rollout import BlockLayout, Denoiser, RolloutResult, draw_exit_steps, draw_noise, replay_backward, rollout
+from dmdtrain.rollout import BlockLayout, Denoiser, ExitRecord, draw_exit_steps, draw_noise, replay_backward, rollout
 
 Stats = dict[str, torch.Tensor]
 
@@ -23,12 +23,12 @@ class Draws:
     """Everything random in one update of n videos, drawn before it is split into micro-batches: how it is split changes
     no number but rounding."""
 
-    noise: torch.Tensor  # [S, n, C, T, H, W]
-    score_noise: torch.Tensor  # [n, C, T, H, W]
+    layout: BlockLayout  # of T latent frames
+    noise: torch.Tensor  # [S, n, C, T, H, W], and one more where finished blocks are noised in the cache
+    score_noise: torch.Tensor  # [n, C, t, H, W], for the last t frames: those that are scored
     score_timestep: torch.Tensor  # [n]
     uncaptioned: torch.Tensor  # [n] bool: fake-score samples without their caption
     exit_steps: list[int]  # per block
-    context_noise: torch.Tensor | None  # [n, C, T, H, W], where finished blocks are noised in the cache
 
     def rows(self, start: int, stop: int) -> Draws:
         return replace(
@@ -37,7 +37,6 @@ class Draws:
             score_noise=self.score_noise[start:stop],
             score_timestep=self.score_timestep[start:stop],
             uncaptioned=self.uncaptioned[start:stop],
-            context_noise=None if self.context_noise is None else self.context_noise[start:stop],
         )
 
     def to(self, device: torch.device) -> Draws:
@@ -48,6 +47,30 @@ class Draws:
 def new_cache(settings: Rollout, evict: bool = False) -> KVCache | None:
     """An empty cache for one video; None for a bidirectional student."""
     return KVCache(settings.local_attention_frames, settings.sink_frames, evict) if settings.causal else None
+
+
+def context_timestep(settings: Rollout) -> float:
+    """Timestep of the pass that writes a finished block to the cache."""
+    return settings.context_noise if settings.causal else 0.0
+
+
+def num_draws(settings: Rollout, timesteps: list[float]) -> int:
+    """Noises that `roll_out_blocks` wants for every block."""
+    return len(timesteps) + (context_timestep(settings) > 0)
+
+
+def block_layout(settings: Rollout, num_frames: int) -> BlockLayout:
+    """Temporal blocks of `num_frames` latent frames."""
+    if not settings.causal:
+        return BlockLayout.single(num_frames)
+    return BlockLayout.blocks(num_frames, settings.num_frame_per_block, settings.independent_first_frame)
+
+
+def training_layouts(settings: Rollout) -> list[BlockLayout]:
+    """What a training rollout draws its layout from: whole blocks, from the least to the most frames."""
+    most = settings.num_training_frames
+    counts = range(settings.min_training_frames or most, most + 1)
+    return [block_layout(settings, n) for n in counts if not settings.causal or settings.nearest_blocks(n) is None]
 
 
 def student_denoiser(
@@ -94,7 +117,7 @@ class Distiller:
     Args:
         roles: teacher, student, fake score.
         config: dmd, rollout, data.caption_dropout and train.mixed_precision are read.
-        timesteps: the student's denoising steps, resolved. latent_shape: [C, T, H, W] of a training video.
+        timesteps: the student's denoising steps, resolved. latent_shape: [C, T, H, W] of the longest training video.
         uncond: [1, L, D], the encoded negative prompt.
     """
 
@@ -103,12 +126,12 @@ class Distiller:
         roles: Roles,
         config: Config,
         timesteps: list[float],
-        layout: BlockLayout,
         latent_shape: tuple[int, int, int, int],
         uncond: torch.Tensor,
     ):
-        self.roles, self.config, self.timesteps, self.layout = roles, config, timesteps, layout
+        self.roles, self.config, self.timesteps = roles, config, timesteps
         self.latent_shape, self.uncond = latent_shape, uncond
+        self.layouts = training_layouts(config.rollout)
         self.device = uncond.device
 
     def autocast(self) -> torch.autocast:
@@ -116,15 +139,20 @@ class Distiller:
 
     def draw(self, n: int, generator: torch.Generator) -> Draws:
         """All randomness of an update of n videos, on the CPU: the same numbers on every device."""
-        settings, dropout = self.config.dmd, self.config.data.caption_dropout
+        settings, rolling, dropout = self.config.dmd, self.config.rollout, self.config.data.caption_dropout
+        several = len(self.layouts) > 1
+        layout = self.layouts[int(torch.randint(len(self.layouts), (1,), generator=generator)) if several else 0]
         exit_steps = draw_exit_steps(
-            len(self.layout.sizes),
+            len(layout.sizes),
             len(self.timesteps),
             generator,
-            same_step=self.config.rollout.same_step_across_blocks,
-            last_only=self.config.rollout.last_step_only,
+            same_step=rolling.same_step_across_blocks,
+            last_only=rolling.last_step_only,
         )
-        noise = draw_noise(len(self.timesteps), (n, *self.latent_shape), generator)
+        channels, _, *size = self.latent_shape
+        noise = draw_noise(
+            num_draws(rolling, self.timesteps), (n, channels, layout.num_frames, *size), generator
+        )
         # One score timestep serves all frames (the teacher is bidirectional): the last block's exit step bounds it.
         low, high = score_range(self.config, self.timesteps, exit_steps[-1])
         score_timestep = dmd.sample_score_timesteps(
@@ -136,22 +164,18 @@ class Distiller:
             min_timestep=1000 * settings.min_timestep_ratio,
             max_timestep=1000 * settings.max_timestep_ratio,
         )
-        score_noise = torch.randn((n, *self.latent_shape), generator=generator)
+        scored = min(layout.num_frames, rolling.num_gradient_frames or layout.num_frames)
+        score_noise = torch.randn((n, channels, scored, *size), generator=generator)
         uncaptioned = torch.rand(n, generator=generator) < dropout
-        noisy_context = self.config.rollout.causal and self.config.rollout.context_noise > 0
-        context_noise = torch.randn((n, *self.latent_shape), generator=generator) if noisy_context else None
-        return Draws(noise, score_noise, score_timestep, uncaptioned, exit_steps, context_noise)
+        return Draws(layout, noise, score_noise, score_timestep, uncaptioned, exit_steps)
 
-    def _roll_out(self, student: Denoiser, draws: Draws) -> RolloutResult:
-        return rollout(
-            student,
-            draws.noise,
-            self.timesteps,
-            self.layout,
-            draws.exit_steps,
-            context_timestep=self.config.rollout.context_noise,
-            context_noise=draws.context_noise,
+    def _roll_out(self, student: Denoiser, draws: Draws) -> tuple[torch.Tensor, list[ExitRecord]]:
+        """The scored frames [b, C, t, H, W] of a rollout, and what its replay needs."""
+        timestep = context_timestep(self.config.rollout)
+        result = rollout(
+            student, draws.noise, self.timesteps, draws.layout, draws.exit_steps, context_timestep=timestep
         )
+        return result.x0[:, :, -draws.score_noise.shape[2] :], result.records
 
     def _student(self, context: torch.Tensor) -> Denoiser:
         return student_denoiser(self.roles, context, new_cache(self.config.rollout), self.autocast)
@@ -181,8 +205,7 @@ class Distiller:
         """
         settings = self.config.dmd
         student = self._student(context)
-        result = self._roll_out(student, draws)
-        x0 = result.x0
+        x0, records = self._roll_out(student, draws)
         with torch.no_grad():
             noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
             score_args = (noisy, draws.score_timestep, context)
@@ -198,12 +221,12 @@ class Distiller:
             "x0_mean": x0.mean(),
             "x0_std": x0.std(),
         }
-        replay_backward(student, result.records, dmd.dmd_loss_gradient(gradient) * weight)
+        replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
         return stats
 
     def critic_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
         """Accumulates the fake score's gradient over one micro-batch; arguments as in `student_backward`."""
-        x0 = self._roll_out(self._student(context), draws).x0
+        x0, _ = self._roll_out(self._student(context), draws)
         noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
         seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
         with self.autocast():

@@ -84,7 +84,7 @@ class Trainer:
         self.text.prepare([*run.prompts, *run.validation_prompts, *negatives])
         self.roles = build_roles(run, self.device)
         uncond = self.text.get([self.config.data.negative_prompt])
-        self.distiller = Distiller(self.roles, self.config, run.timesteps, run.layout, run.latent_shape, uncond)
+        self.distiller = Distiller(self.roles, self.config, run.timesteps, run.latent_shape, uncond)
 
         student, critic, chosen = self.config.optimizer, self.config.fake_score, self.config.optimizer.name
         self.optimizers = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dmdtrain.dmd import guide
+from dmdtrain.flow import sigma_from_timestep
 from dmdtrain.miniature import clips, scorer
 from dmdtrain.models.encode import TextCache, decode_latents
 from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import load_scheduler, load_vae
 from dmdtrain.rollout import Denoiser, draw_noise, sample
-from dmdtrain.train.setup import Run, block_layout
-from dmdtrain.train.step import new_cache, student_denoiser
+from dmdtrain.train.setup import Run
+from dmdtrain.train.step import block_layout, context_timestep, new_cache, num_draws, student_denoiser
 
 Autocast = Callable[[], AbstractContextManager]
+Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 BATCH_TOKENS = 8192  # tokens of one sampling batch: many tiny videos, or one large
 
 
@@ -47,43 +50,68 @@ class Renderer:
         self.text.prepare([*prompts, negative])
         return self.text.get(prompts), self.text.get([negative]).expand(len(prompts), -1, -1)
 
-    def student(
+    def student_blocks(
         self,
         prompts: list[str],
-        seed: int,
+        seeds: list[int],
         shape: tuple[int, int, int, int],
         timesteps: list[float],
         guidance: float = 1.0,
         negative: str = "",
         on_step: Callable[[], None] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Normalised latents [N, C, t, H, W] of the few-step student, block by block as they are finished.
+
+        Every prompt has a generator of its own seed, from which each block draws in turn: a longer video starts as the
+        shorter one does. What is held does not grow with the video where a window limits what blocks attend to.
+        """
+        channels, num_frames, *size = shape
+        settings = self.run.config.rollout
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def noise(frames: slice) -> torch.Tensor:
+            block = (1, channels, frames.stop - frames.start, *size)
+            drawn = [draw_noise(num_draws(settings, timesteps), block, generator) for generator in generators]
+            return torch.cat(drawn, 1).to(self.text.device)
+
+        cond, uncond = (self._student(context) for context in self._contexts(prompts, negative))
+        yield from sample(
+            cond if guidance in (0, 1) else _guided(cond, uncond, guidance),
+            noise,
+            timesteps,
+            block_layout(settings, num_frames),
+            context_timestep=context_timestep(settings),
+            on_step=on_step,
+        )
+
+    def student(
+        self, prompts: list[str], seed: int, shape: tuple[int, int, int, int], timesteps: list[float], *options: Any
     ) -> torch.Tensor:
-        """Normalised latents [N, *shape] of the few-step student."""
+        """Normalised latents [N, *shape] of the few-step student; options as in `student_blocks`."""
         parts = []
         for rows in self._batches(len(prompts), shape):
-            noise = torch.cat(
-                [draw_noise(len(timesteps), (1, *shape), torch.Generator().manual_seed(seed + i)) for i in rows], 1
-            ).to(self.text.device)
-            layout = block_layout(self.run.config, shape[1])
-            contexts = self._contexts([prompts[i] for i in rows], negative)
-            cond, uncond = (self._student(context) for context in contexts)
-            denoise = cond if guidance in (0, 1) else _guided(cond, uncond, guidance)
-            settings = self.run.config.rollout
-            # The noise of the cached context is the block's own starting noise: fixed by the seed like everything else.
-            parts.append(
-                sample(
-                    denoise,
-                    noise,
-                    timesteps,
-                    layout,
-                    context_timestep=settings.context_noise,
-                    context_noise=noise[0],
-                    on_step=on_step,
-                )
-            )
+            chunk, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
+            parts.append(torch.cat(list(self.student_blocks(chunk, seeds, shape, timesteps, *options)), 2))
         return torch.cat(parts)
 
     def _student(self, context: torch.Tensor) -> Denoiser:
         return student_denoiser(self.roles, context, new_cache(self.run.config.rollout, evict=True), self.autocast)
+
+    def _teacher_flow(self, prompts: list[str], guidance: float, negative: str) -> Flow:
+        cond, uncond = self._contexts(prompts, negative)
+
+        def flow(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            with self.autocast():
+                found = self.roles.flow("teacher", latents, timestep, cond).float()
+                if guidance not in (0, 1):
+                    found = guide(found, self.roles.flow("teacher", latents, timestep, uncond).float(), guidance)
+            return found
+
+        return flow
+
+    def _teacher_noise(self, seeds: list[int], shape: tuple[int, int, int, int]) -> torch.Tensor:
+        noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.cat(noise).to(self.text.device)
 
     @torch.no_grad()
     def teacher(
@@ -103,24 +131,48 @@ class Renderer:
         """
         parts = []
         for rows in self._batches(len(prompts), shape):
-            latents = torch.cat(
-                [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows]
-            ).to(self.text.device)
-            cond, uncond = self._contexts([prompts[i] for i in rows], negative)
+            latents = self._teacher_noise([seed + i for i in rows], shape)
+            flow = self._teacher_flow([prompts[i] for i in rows], guidance, negative)
             scheduler = load_scheduler(self.run.teacher, self.run.config.model.flow_shift)
             grid = {"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}
             scheduler.set_timesteps(device=self.text.device, **grid)
             for timestep in scheduler.timesteps:
                 t = timestep.expand(len(latents)).float()
-                with self.autocast():
-                    flow = self.roles.flow("teacher", latents, t, cond).float()
-                    if guidance not in (0, 1):
-                        flow = guide(flow, self.roles.flow("teacher", latents, t, uncond).float(), guidance)
-                latents = scheduler.step(flow, timestep, latents, return_dict=False)[0]
+                latents = scheduler.step(flow(latents, t), timestep, latents, return_dict=False)[0]
                 if on_step is not None:
                     on_step()
             parts.append(latents)
         return torch.cat(parts)
+
+    def teacher_sigmas(self, steps: int, through: list[float]) -> list[float]:
+        """The teacher's own grid of `steps`, descending from 1 to 0, that also stops at the timesteps `through`."""
+        scheduler = load_scheduler(self.run.teacher, self.run.config.model.flow_shift)
+        scheduler.set_timesteps(steps)
+        stops = {1.0, 0.0, *(sigma_from_timestep(t) for t in through)}
+        # A step that a stop makes needless is dropped: grids of some schedulers start at 0.9997.
+        own = (float(sigma) for sigma in scheduler.sigmas)
+        return sorted(stops | {s for s in own if min(abs(s - stop) for stop in stops) > 1e-3}, reverse=True)
+
+    @torch.no_grad()
+    def teacher_states(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        shape: tuple[int, int, int, int],
+        sigmas: list[float],
+        guidance: float,
+        negative: str = "",
+        on_step: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """States of the teacher's probability-flow ODE at every sigma, by Euler's method: [len(sigmas), N, *shape]."""
+        states = [self._teacher_noise(seeds, shape)]
+        flow = self._teacher_flow(prompts, guidance, negative)
+        for sigma, following in pairwise(sigmas):
+            t = states[-1].new_full((len(prompts),), 1000 * sigma)
+            states.append(states[-1] + (following - sigma) * flow(states[-1], t))
+            if on_step is not None:
+                on_step()
+        return torch.stack(states)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Videos [N, 3, T, H, W] in [-1, 1] on the CPU. The codec is loaded for the call and freed after it."""
