@@ -20,7 +20,8 @@ import torch
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.miniature.frechet import features, frechet_distance
 from dmdtrain.train import setup
-from dmdtrain.train.validation import Renderer, score
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.validation import score
 
 FAR_SEED = 1_000_000  # the reference set's seeds, apart from all others
 

@@ -81,7 +81,7 @@ def fit(
         overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
         checked = load(config, overrides)
 
-        from dmdtrain.train.trainer import TrainingStopped
+        from dmdtrain.train.loop import TrainingStopped
         from dmdtrain.train.trainer import fit as run_fit
 
         try:
@@ -89,6 +89,43 @@ def fit(
         except TrainingStopped as error:
             typer.echo(f"dmdtrain: {error}", err=True)
             raise typer.Exit(STOPPED) from None
+
+
+@app.command()
+def synthesize(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file: teacher, guidance, sizes, denoising steps.")],
+    out: Annotated[Path, typer.Option(help="Folder; one that this command made before is gone on with.")],
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the run's data.prompts.")] = None,
+    what: Annotated[
+        str, typer.Option(help="trajectories (for both kinds of warm-up), latents or videos.")
+    ] = "trajectories",
+    count: Annotated[int | None, typer.Option(min=1, help="Samples; default: one a prompt.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Sample number i starts from seed + i.")] = 0,
+    every_state: Annotated[
+        bool, typer.Option("--every-state", help="Keep all states of a trajectory, not the student's alone.")
+    ] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in fit.")] = None,
+) -> None:
+    """Make videos, latents or trajectories with the teacher, for the warm-up of a causal student."""
+    with _one_line_errors():
+        from dmdtrain.config import load
+
+        overrides = list(set_ or []) + ([] if prompts is None else [f"data.prompts={prompts}"])
+        checked = load(config, overrides)
+
+        from dmdtrain.train.synthesize import synthesize as run_synthesize
+
+        run_synthesize(
+            checked,
+            out=out,
+            what=what,
+            count=count,
+            steps=steps,
+            seed=seed,
+            every_state=every_state,
+            console=_console(),
+        )
 
 
 @app.command()

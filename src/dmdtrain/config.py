@@ -283,7 +283,9 @@ def check_blocks(rollout: Rollout, num_frames: int, key: str) -> None:
     near = rollout.nearest_blocks(latent_frames(num_frames)) if rollout.causal else None
     if near is not None:
         counts = " and ".join(str(1 + VAE_TEMPORAL_FACTOR * (count - 1)) for count in near)
-        hint = "" if rollout.independent_first_frame else ", or set rollout.independent_first_frame where 1 + blocks fits"
+        hint = (
+            "" if rollout.independent_first_frame else ", or set rollout.independent_first_frame where 1 + blocks fits"
+        )
         raise ValueError(
             f"{key}: {num_frames} frames are {latent_frames(num_frames)} latent frames; they must be {rollout.block_rule}; "
             f"the nearest valid counts are {counts}{hint}"

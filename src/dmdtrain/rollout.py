@@ -157,7 +157,9 @@ def rollout(
     """`roll_out_blocks` of a whole video. noise: [S, B, C, T, H, W] of all blocks; the other arguments are the same."""
     needed = len(timesteps) + (options.get("context_timestep", 0) > 0)
     if noise.shape[0] != needed or noise.shape[3] != layout.num_frames:
-        raise ValueError(f"noise {tuple(noise.shape)} does not fit {needed} draws and {layout.num_frames} latent frames")
+        raise ValueError(
+            f"noise {tuple(noise.shape)} does not fit {needed} draws and {layout.num_frames} latent frames"
+        )
     blocks = roll_out_blocks(denoise, lambda frames: noise[:, :, :, frames], timesteps, layout, exit_steps, **options)
     x0s, records = zip(*blocks, strict=True)
     return RolloutResult(torch.cat(x0s, dim=2), list(records))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
@@ -32,19 +34,22 @@ def load_prompts(source: str | list[str], key: str, *, held_out: bool) -> list[s
     return prompts
 
 
-class PromptSampler:
-    """Endless prompts in shuffled epochs; every prompt once an epoch. Its state resumes in mid-epoch."""
+T = TypeVar("T")
 
-    def __init__(self, prompts: list[str], seed: int):
-        self.prompts = prompts
+
+class EpochSampler(Generic[T]):
+    """Endless items in shuffled epochs; every item once an epoch. Its state resumes in mid-epoch."""
+
+    def __init__(self, items: Sequence[T], seed: int):
+        self.items = items
         self.generator = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
 
-    def draw(self, n: int) -> list[str]:
+    def draw(self, n: int) -> list[T]:
         while len(self._order) < n:
-            self._order += torch.randperm(len(self.prompts), generator=self.generator).tolist()
+            self._order += torch.randperm(len(self.items), generator=self.generator).tolist()
         drawn, self._order = self._order[:n], self._order[n:]
-        return [self.prompts[i] for i in drawn]
+        return [self.items[i] for i in drawn]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"generator": self.generator.get_state(), "order": torch.tensor(self._order, dtype=torch.int64)}

@@ -15,6 +15,14 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 
+def visible_frames(frames: slice, local_frames: int | None, sink_frames: int) -> list[range]:
+    """Earlier frames that a block at `frames` attends to: all, or a window that ends with the block, and the sinks."""
+    if local_frames is None:
+        return [range(frames.start)]
+    first = max(sink_frames, frames.stop - local_frames)
+    return [range(min(sink_frames, frames.start)), range(first, frames.start)]
+
+
 class KVCache:
     """Keys and values of finished blocks, per layer, each [B, frames * tokens per frame, heads, head dim].
 
@@ -32,11 +40,7 @@ class KVCache:
         self.cross: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def visible(self, frames: slice) -> list[range]:
-        """Earlier frames that a block at `frames` attends to."""
-        if self.local_frames is None:
-            return [range(frames.start)]
-        first = max(self.sink_frames, frames.stop - self.local_frames)
-        return [range(min(self.sink_frames, frames.start)), range(first, frames.start)]
+        return visible_frames(frames, self.local_frames, self.sink_frames)
 
     def read(self, layer: int, frames: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the visible frames, in order."""
@@ -75,11 +79,28 @@ class CausalView:
     write: bool = False
 
 
+@dataclass(frozen=True)
+class TeacherForcingView:
+    """A pass over [clean frames | noisy frames] of one video, each T frames long: clean blocks attend to clean ones up to
+    themselves, noisy blocks to earlier clean ones and to themselves. The noisy half's result is what the cache would give.
+
+    Args:
+        blocks: of the T frames. local_frames, sink_frames: as of `KVCache`.
+    """
+
+    blocks: tuple[slice, ...]
+    local_frames: int | None = None
+    sink_frames: int = 0
+
+
+View = CausalView | TeacherForcingView
+
+
 @dataclass
 class ViewHolder:
     """The view of the pass that is running; shared by the processors and the RoPE of one transformer."""
 
-    view: CausalView | None = field(default=None)
+    view: View | None = field(default=None)
 
 
 @dataclass
@@ -110,12 +131,14 @@ class CausalSelfAttention(_Processor):
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         query, key = (_rotate(x, *rotary_emb) for x in (query, key))
+        if isinstance(view, TeacherForcingView):
+            return _project(attn, _teacher_forcing(self.stock, view, query, key, value))
         past = view.cache.read(self.layer, view.frames)
         if view.write:
             view.cache.write(self.layer, view.frames, key, value)
         key = torch.cat([*(k for k, _ in past), key], 1)
         value = torch.cat([*(v for _, v in past), value], 1)
-        return _attend(attn, self.stock, query, key, value)
+        return _project(attn, _attend(self.stock, query, key, value))
 
 
 class CachedCrossAttention(_Processor):
@@ -131,14 +154,14 @@ class CachedCrossAttention(_Processor):
     ) -> torch.Tensor:
         view = self.holder.view
         # With gradients the weights of to_k and to_v need their own pass: a cache would starve them.
-        if view is None or torch.is_grad_enabled():
+        if not isinstance(view, CausalView) or torch.is_grad_enabled():
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if self.layer not in view.cache.cross:
             key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
             value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
             view.cache.cross[self.layer] = (key, value)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        return _attend(attn, self.stock, query, *view.cache.cross[self.layer])
+        return _project(attn, _attend(self.stock, query, *view.cache.cross[self.layer]))
 
 
 class OffsetRope(nn.Module):
@@ -152,6 +175,9 @@ class OffsetRope(nn.Module):
         view = self.holder.view
         if view is None:
             return self.rope(hidden_states)
+        if isinstance(view, TeacherForcingView):
+            cos, sin = self.rope(hidden_states[:, :, : hidden_states.shape[2] // 2])
+            return torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)
         # Only the shape is read: a view of one frame, expanded, stands for all frames up to the block's end.
         whole = hidden_states[:1, :, :1].expand(-1, -1, view.frames.stop, -1, -1)
         cos, sin = self.rope(whole)
@@ -182,7 +208,30 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
 
-def _attend(attn: Any, stock: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention by the backend that the stock processor was given, then the output projection."""
-    out = dispatch_attention_fn(query, key, value, backend=stock._attention_backend).flatten(2, 3).type_as(query)
-    return attn.to_out[1](attn.to_out[0](out))
+def _attend(stock: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention by the backend that the stock processor was given; all [B, L, heads, head dim]."""
+    return dispatch_attention_fn(query, key, value, backend=stock._attention_backend)
+
+
+def _project(attn: Any, out: torch.Tensor) -> torch.Tensor:
+    """Heads joined, then the output projection. out: [B, L, heads, head dim]."""
+    return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+
+
+def _teacher_forcing(
+    stock: Any, view: TeacherForcingView, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Block by block instead of under a mask: no mask of L^2 entries, no wasted products, any backend."""
+    num_frames = view.blocks[-1].stop
+    tokens = query.shape[1] // (2 * num_frames)
+
+    def rows(x: torch.Tensor, frames: slice | range, half: int = 0) -> torch.Tensor:
+        return x[:, (half * num_frames + frames.start) * tokens : (half * num_frames + frames.stop) * tokens]
+
+    halves: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for block in view.blocks:
+        past = visible_frames(block, view.local_frames, view.sink_frames)
+        for half, parts in enumerate(halves):
+            keys, values = (torch.cat([*(rows(x, r) for r in past), rows(x, block, half)], 1) for x in (key, value))
+            parts.append(_attend(stock, rows(query, block, half), keys, values))
+    return torch.cat([*halves[0], *halves[1]], 1)

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dmdtrain.models.causal import CausalView, install
+from dmdtrain.models.causal import View, install
 
 RoleName = Literal["teacher", "student", "fake_score"]
 
@@ -58,7 +58,7 @@ class Roles:
         base: the student's base. Frozen; a role that is trained whole gets its own copy.
         teacher: another teacher, or None for the base itself.
         trained: "student" and, in training, "fake_score": an adapter on `base`, or None for a full copy in `full_dtype`.
-        adapter_dtype: of LoRA weights. causal: the student's passes may be given a `CausalView`.
+        adapter_dtype: of LoRA weights. causal: the student's passes may be given a view.
         init_lora_weights: False makes LoRA B random instead of zero (for tests).
     """
 
@@ -100,19 +100,19 @@ class Roles:
             if gradient_checkpointing:
                 role.module.enable_gradient_checkpointing(self._checkpoint_of(role.module))  # type: ignore[operator]
 
-    def _switch(self, module: nn.Module, adapter: str | None, view: CausalView | None) -> None:
+    def _switch(self, module: nn.Module, adapter: str | None, view: View | None) -> None:
         if self._active.get(id(module), "") != adapter:
             _activate(self._layers[id(module)], adapter)
             self._active[id(module)] = adapter
         if id(module) in self._holders:
             self._holders[id(module)].view = view
 
-    def _state(self, module: nn.Module) -> tuple[str | None, CausalView | None]:
+    def _state(self, module: nn.Module) -> tuple[str | None, View | None]:
         holder = self._holders.get(id(module))
         return self._active[id(module)], holder.view if holder is not None else None
 
     @contextmanager
-    def active(self, module: nn.Module, adapter: str | None, view: CausalView | None = None) -> Iterator[None]:
+    def active(self, module: nn.Module, adapter: str | None, view: View | None = None) -> Iterator[None]:
         """Inside, `module` applies `adapter` (None: none at all) and sees `view`; afterwards as before."""
         before = self._state(module)
         self._switch(module, adapter, view)
@@ -142,11 +142,15 @@ class Roles:
         latents: torch.Tensor,
         timestep: torch.Tensor,
         context: torch.Tensor,
-        view: CausalView | None = None,
+        view: View | None = None,
     ) -> torch.Tensor:
-        """Flow of a role. latents: [B, C, T, H, W], timestep: [B] in [0, 1000], context: [B, L, D] -> [B, C, T, H, W]."""
+        """Flow of a role. latents: [B, C, T, H, W], timestep: [B] or [B, T] in [0, 1000], context: [B, L, D] -> as latents."""
         role = self.roles[name]
         dtype = role.module.patch_embedding.weight.dtype  # type: ignore[union-attr]
+        if timestep.ndim == 2:  # per frame; the model wants it per token
+            _, patch_height, patch_width = role.module.config.patch_size  # type: ignore[union-attr]
+            tokens = (latents.shape[3] // patch_height) * (latents.shape[4] // patch_width)
+            timestep = timestep.repeat_interleave(tokens, 1)
         with self.active(role.module, role.adapter, view):
             return role.module(latents.to(dtype), timestep, context.to(dtype), return_dict=False)[0]
 

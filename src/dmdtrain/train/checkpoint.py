@@ -5,7 +5,7 @@ A checkpoint is a folder of .safetensors and .json files; nothing in it is unpic
     student.safetensors  fake_score.safetensors  ema.safetensors   trained weights alone
     optimizer_student.safetensors/.json  optimizer_fake_score.safetensors/.json
     random.safetensors   generators and the position in the prompts
-    state.json           step, student updates, counters
+    state.json           stage, step, student updates, counters
     config.yaml          the resolved configuration
     sampling.json        timesteps, sigmas, guidance convention, base model
     manifest.json        format, step, SHA-256 of every file
@@ -28,7 +28,7 @@ from dmdtrain.config import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoints"  # their folder in a run's
+CHECKPOINTS, WARMUP = "checkpoints", "warmup"  # their folders in a run's
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -132,12 +132,30 @@ def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
     return manifest
 
 
+def stage_of(folder: Path) -> str:
+    """`warmup` or `dmd`."""
+    return read_json(folder, "state.json").get("stage", "dmd")
+
+
 def read_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{stem}.safetensors")
 
 
 def read_json(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def save_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str]
+) -> None:
+    """Adds an optimizer's state to a checkpoint's files."""
+    tensors[f"optimizer_{name}"], tree = split_state(optimizer.state_dict())
+    texts[f"optimizer_{name}.json"] = json.dumps(tree)
+
+
+def load_optimizer(name: str, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    tree = read_json(folder, f"optimizer_{name}.json")
+    optimizer.load_state_dict(join_state(read_tensors(folder, f"optimizer_{name}"), tree))
 
 
 def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:

@@ -6,7 +6,6 @@ import itertools
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from dmdtrain.config import ConfigError, build, load
@@ -14,7 +13,8 @@ from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import stock_scheduler, write_lora
 from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, read_json
-from dmdtrain.train.validation import Renderer, write_mp4, write_samples
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.validation import write_mp4, write_samples
 
 
 def _pick_weights(ckpt: Path, weights: str) -> str:
@@ -24,10 +24,7 @@ def _pick_weights(ckpt: Path, weights: str) -> str:
 def _renderer(run: setup.Run, ckpt: Path, weights: str) -> Renderer:
     device = setup.device_of_this_machine()
     roles = setup.load_student(run, ckpt, weights, device)
-    mixed = run.config.train.mixed_precision == "bf16"
-    return Renderer(
-        run, roles, setup.text_cache(run, device), lambda: torch.autocast(device.type, torch.bfloat16, enabled=mixed)
-    )
+    return Renderer(run, roles, setup.text_cache(run, device), setup.autocast(run.config, device))
 
 
 def _timesteps(text: str | None, run: setup.Run) -> list[float]:

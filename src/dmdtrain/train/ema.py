@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -21,6 +23,11 @@ class Ema:
         new = [p.detach().float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self.weights.values()), new, 1 - self.decay)
 
-    def load(self, weights: dict[str, torch.Tensor]) -> None:
+    @torch.no_grad()
+    def restart(self) -> None:
+        """From the weights as they are now."""
+        self.load(self._parameters)
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, value in self.weights.items():
             value.copy_(weights[name])

@@ -74,14 +74,14 @@ class MetricsLog:
 class Live:
     """The progress line: a bar on a terminal, a line at most every ten seconds elsewhere."""
 
-    def __init__(self, total: int, done: int, console: Console):
-        self._console, self._total = console, total
+    def __init__(self, total: int, done: int, console: Console, unit: str = "step"):
+        self._console, self._total, self._done, self._unit = console, total, done, unit
         self._recent: deque[float] = deque(maxlen=50)
         self._printed = self._last = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]step"),
+                TextColumn(f"[bold]{unit}"),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
@@ -105,16 +105,16 @@ class Live:
 
     def step(self, step: int, text: str) -> None:
         now = time.monotonic()
-        self._recent.append(now - self._last)
-        self._last = now
+        self._recent.append((now - self._last) / max(1, step - self._done))
+        self._last, self._done = now, step
         seconds = sum(self._recent) / len(self._recent)
-        text = f"{text} {seconds:.2f} s/step"
+        text = f"{text} {seconds:.2f} s/{self._unit}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif now - self._printed > 10 or step == self._total:
             left = int(seconds * (self._total - step))
             self._console.print(
-                f"step {step}/{self._total}  {text}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+                f"{self._unit} {step}/{self._total}  {text}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
                 soft_wrap=True,
             )
             self._printed = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,11 @@ def device_of_this_machine() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocast]:
+    """The context of every transformer pass."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
+
+
 def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
     """Loads the models and builds the roles, those in `trained` beside the teacher."""
     config = run.config
@@ -158,7 +164,7 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
             teacher=teacher,
             trained={n: specs[n] for n in trained},
             full_dtype=weights,
-            causal=config.rollout.causal,
+            causal=config.rollout.causal and "student" in trained,
             adapter_dtype=weights,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
@@ -176,7 +182,10 @@ def load_run(ckpt: Path) -> Run:
     """The run that a checkpoint belongs to."""
     checkpoints.check_checkpoint(ckpt, "--ckpt")
     config = configuration.load(ckpt / "config.yaml")
-    if ckpt.resolve().parent.name == checkpoints.CHECKPOINTS:  # the run's folder may have moved since
+    if ckpt.resolve().parent.name in (
+        checkpoints.CHECKPOINTS,
+        checkpoints.WARMUP,
+    ):  # the run's folder may have moved since
         config = config.model_copy(update={"output_dir": str(ckpt.resolve().parents[1])})
     return resolve(config, for_training=False)
 
@@ -224,10 +233,14 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
         f"{config.train.gradient_accumulation}); fake score every step, student {updates}",
         f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation",
     ]
-    if config.rollout.causal:
+    warmup = config.warmup
+    if warmup.kind != "none":
+        data = warmup.data or f"{warmup.num_samples} videos of the teacher in {warmup.teacher_steps} steps"
+        lines.append(f"warm-up         {warmup.kind}, {warmup.steps} steps at lr {warmup.lr:g}, on {data}")
+    elif config.rollout.causal:
         lines.append(
-            "warning         a causal student that starts from a bidirectional base needs a warm-up, which this version "
-            "does not have: expect poor videos"
+            "warning         a causal student that starts from a bidirectional base without a warm-up stays poor: "
+            "set warmup.kind"
         )
     if roles is not None:
         for name in ("student", "fake_score"):

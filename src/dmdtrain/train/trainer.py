@@ -6,27 +6,27 @@ import json
 import shutil
 import time
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError
-from dmdtrain.data.prompts import PromptSampler
+from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import validation
-from dmdtrain.train.checkpoint import CHECKPOINTS
+from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.ema import Ema
-from dmdtrain.train.log import Live, MetricsLog
-from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate
+from dmdtrain.train.log import MetricsLog
+from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
+from dmdtrain.train.optim import build_optimizer, learning_rate
+from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
+from dmdtrain.train.warmup import Warmup, check_data
 
-
-class TrainingStopped(Exception):
-    """Training can not go on; the last checkpoint is intact."""
+COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
 
 def find_resume(config: Config, resume: str) -> Path | None:
@@ -47,7 +47,7 @@ def find_resume(config: Config, resume: str) -> Path | None:
         folder = Path(resume)
         checkpoints.check_checkpoint(folder, "--resume")
         _refuse_other(folder / "config.yaml", config, f"--resume: {folder} is a checkpoint of another configuration")
-        if owned.exists() and folder.resolve().parent != (output / CHECKPOINTS).resolve():
+        if owned.exists() and folder.resolve().parents[1] != output.resolve():
             raise ConfigError(f"output_dir: {output} belongs to another run; choose another with --output-dir")
         return folder
     if owned.exists():
@@ -56,7 +56,7 @@ def find_resume(config: Config, resume: str) -> Path | None:
                 f"output_dir: {output} already holds a run; choose another with --output-dir, or --resume auto"
             )
         _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
-    found = checkpoints.list_checkpoints(output / CHECKPOINTS)
+    found = checkpoints.list_checkpoints(output / WARMUP) + checkpoints.list_checkpoints(output / CHECKPOINTS)
     if not found:
         return None
     checkpoints.check_checkpoint(found[-1], "--resume")
@@ -107,9 +107,9 @@ class Trainer:
         }
         ema = self.config.ema
         self.ema = Ema(self.roles.named_parameters("student"), ema.decay, ema.every) if ema.enabled else None
-        self.prompts = PromptSampler(run.prompts, self.config.train.seed)
+        self.prompts = EpochSampler(run.prompts, self.config.train.seed)
         self.generator = torch.Generator().manual_seed(self.config.train.seed + 1)
-        self.renderer = validation.Renderer(run, self.roles, self.text, self.distiller.autocast)
+        self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -127,16 +127,14 @@ class Trainer:
             stats = backward(context[rows], draws.rows(rows.start, rows.stop), micro / n)
             for key, value in stats.items():
                 total[key] = total.get(key, 0) + value * (micro / n)
-        if name == "student":
-            norm = clip_gradients(parameters, config.optimizer.grad_clip, config.optimizer.grad_clip_method)
-        else:
-            norm = clip_gradients(parameters, config.fake_score.grad_clip, "norm")
-        total[f"{name}_grad_norm"] = norm
-        finite = bool(torch.isfinite(torch.stack([norm, *(v for k, v in total.items() if k.endswith("loss"))])).all())
-        if finite:
-            self.optimizers[name].step()
-        self.optimizers[name].zero_grad(set_to_none=True)
-        return total if finite else None
+        clip, method = (
+            (config.optimizer.grad_clip, config.optimizer.grad_clip_method)
+            if name == "student"
+            else (config.fake_score.grad_clip, "norm")
+        )
+        losses = [value for key, value in total.items() if key.endswith("loss")]
+        norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
+        return total | {f"{name}_grad_norm": norm} if finite else None
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -172,21 +170,11 @@ class Trainer:
             if stats is not None and self.ema is not None:
                 self.ema.update(self.student_updates)
             student_seconds = time.perf_counter() - started - critic_seconds
-        self.bad_steps += bad
-        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        if self.bad_in_a_row >= self.config.train.max_bad_steps:
-            raise TrainingStopped(
-                f"step {self.step}: loss or gradient was not finite {self.bad_in_a_row} steps in a row; "
-                "lower optimizer.lr and fake_score.lr, then resume from the last checkpoint"
-            )
+        count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
         numbers = {key: float(value) for key, value in values.items()}
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
-        # Peak so far: of the GPU, or of the process (Linux counts in KiB).
-        peak = (
-            torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-        )
-        return numbers | {"memory_gib": peak / 2**30}
+        return numbers | {"memory_gib": peak_memory_gib(self.device)}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -195,31 +183,28 @@ class Trainer:
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         for name, optimizer in self.optimizers.items():
             tensors[name] = dict(self.roles.named_parameters(name))  # type: ignore[arg-type]
-            state, tree = checkpoints.split_state(optimizer.state_dict())
-            tensors[f"optimizer_{name}"] = state
-            texts[f"optimizer_{name}.json"] = json.dumps(tree)
+            checkpoints.save_optimizer(name, optimizer, tensors, texts)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights
         tensors["random"] = {"draws": self.generator.get_state()}
         tensors["random"] |= {f"prompts.{k}": v for k, v in self.prompts.state_dict().items()}
-        counters = {name: getattr(self, name) for name in ("step", "student_updates", "bad_steps", "bad_in_a_row")}
-        texts["state.json"] = json.dumps(counters) + "\n"
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        texts["state.json"] = json.dumps({"stage": "dmd"} | counters) + "\n"
         root = self.run.output_dir / CHECKPOINTS
         return checkpoints.write_checkpoint(root, self.step, tensors, texts, self.config.checkpoint.keep)
 
     def load(self, folder: Path) -> None:
         for name, optimizer in self.optimizers.items():
             load_parameters(self.roles.named_parameters(name), checkpoints.read_tensors(folder, name))
-            tree = checkpoints.read_json(folder, f"optimizer_{name}.json")
-            state = checkpoints.join_state(checkpoints.read_tensors(folder, f"optimizer_{name}"), tree)
-            optimizer.load_state_dict(state)
+            checkpoints.load_optimizer(name, optimizer, folder)
         if self.ema is not None:
             self.ema.load(checkpoints.read_tensors(folder, "ema"))
         random = checkpoints.read_tensors(folder, "random")
         self.generator.set_state(random.pop("draws"))
         self.prompts.load_state_dict({k.removeprefix("prompts."): v for k, v in random.items()})
-        for name, value in checkpoints.read_json(folder, "state.json").items():
-            setattr(self, name, value)
+        state = checkpoints.read_json(folder, "state.json")
+        for name in COUNTERS:
+            setattr(self, name, state[name])
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -255,39 +240,34 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
+    def warm_up(self, checkpoint: Path | None) -> None:
+        """The warm-up, from its start or its checkpoint; afterwards the average starts from what it learned."""
+        warmup = Warmup(self.run, self.renderer, self.console)
+        warmup.prepare()
+        if checkpoint is not None:
+            warmup.load(checkpoint)
+            self.console.print(f"resumed from {checkpoint}, warm-up step {warmup.step}", soft_wrap=True)
+        warmup.fit()
+        if self.ema is not None:
+            self.ema.restart()
+        if self.config.validation.every:
+            log = MetricsLog(self.run.output_dir, 0, self.config.log.tensorboard)
+            try:
+                self.validate(log)
+            finally:
+                log.close()
+
     def fit(self) -> None:
-        config, output = self.config, self.run.output_dir
-        log = MetricsLog(output, self.step, config.log.tensorboard)
-        try:
-            with Live(config.train.max_steps, self.step, self.console) as live:
-                save_due = False
-                while self.step < config.train.max_steps:
-                    values = self.train_step()
-                    last = self.step == config.train.max_steps
-                    live.step(self.step, _progress_text(values))
-                    if self.step % config.log.every == 0 or last:
-                        log.write(self.step, values)
-                    save_due |= self.step % config.checkpoint.every == 0 or last
-                    if save_due and not self.bad_in_a_row:  # weights that went bad never replace good ones
-                        self.save()
-                        save_due = False
-                        live.restart_clock()
-                    if config.validation.every and (self.step % config.validation.every == 0 or last):
-                        self.validate(log)
-                        live.restart_clock()
-        finally:
-            log.close()
-
-
-def _progress_text(values: dict[str, float]) -> str:
-    shown = {"dmd": "dmd_loss", "critic": "critic_loss", "grad": "student_grad_norm"}
-    return "  ".join(f"{name} {values[key]:.4f}" for name, key in shown.items() if key in values)
+        shown = {"dmd": "dmd_loss", "critic": "critic_loss", "grad": "student_grad_norm"}
+        steps, folder = self.config.train.max_steps, self.run.output_dir
+        run_stage(self, steps, folder, self.config, self.console, shown=shown, validate=self.validate)
 
 
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
     """`dmdtrain fit`: resolve, check, build, resume, train."""
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
+    check_data(run)
     checkpoint = find_resume(config, resume)
     for line in describe(run):
         console.print(line, soft_wrap=True, highlight=False)
@@ -298,15 +278,19 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
     output = run.output_dir
-    checkpoints.list_checkpoints(output / CHECKPOINTS)  # puts back what a kill left between two names
-    for pattern in (".step-*.partial", ".step-*.old"):  # of a run that was killed while it saved
-        for leftover in (output / CHECKPOINTS).glob(pattern):
-            shutil.rmtree(leftover)
+    for root in (output / CHECKPOINTS, output / WARMUP):
+        checkpoints.list_checkpoints(root)  # puts back what a kill left between two names
+        for pattern in (".step-*.partial", ".step-*.old"):  # of a run that was killed while it saved
+            for leftover in root.glob(pattern):
+                shutil.rmtree(leftover)
     # The folder is the run's from here on: what failed before leaves it free.
     partial = output / ".config.yaml.partial"
     partial.write_text(configuration.dump(config), encoding="utf-8")
     partial.rename(output / "config.yaml")
-    if checkpoint is not None:
+    warming = checkpoint is not None and checkpoints.stage_of(checkpoint) == WARMUP
+    if config.warmup.kind != "none" and (checkpoint is None or warming):
+        trainer.warm_up(checkpoint)
+    elif checkpoint is not None:
         trainer.load(checkpoint)
         console.print(f"resumed from {checkpoint}, step {trainer.step}", soft_wrap=True)
     if trainer.step >= config.train.max_steps:

@@ -1,0 +1,103 @@
+"""Latents of captioned videos on disk: what `dmdtrain synthesize` writes and the warm-up reads.
+
+    latents.json                 what they are and how they were made
+    samples/000000.safetensors   latents [C, T, H, W] and, of trajectories, states [S, C, T, H, W]; the caption in its header
+                                 (of videos: 000000.mp4 and 000000.txt)
+
+Latents are normalised (zero mean, unit deviation by the codec's statistics) and stored as float16: at their size that loses
+2^-11 of a value, a tenth of what the codec does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dmdtrain.config import ConfigError
+
+INFO = "latents.json"
+
+
+class LatentFolder:
+    """A folder of latents. `facts` hold at least latent_shape [C, T, H, W] and, of trajectories, timesteps [S]."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.facts = path, facts
+
+    @classmethod
+    def open(cls, path: Path, key: str) -> LatentFolder:
+        """A folder that is there; ConfigError naming `key` where it is not one."""
+        try:
+            facts = json.loads((path / INFO).read_text(encoding="utf-8"))
+            facts["what"], facts["latent_shape"], facts["timesteps"]
+        except FileNotFoundError:
+            raise ConfigError(f"{key}: {path}: no {INFO} in it; make one with dmdtrain synthesize") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{key}: {path}: {INFO} is broken: {error}") from None
+        return cls(path, facts)
+
+    @classmethod
+    def create(cls, path: Path, facts: dict[str, Any], key: str) -> LatentFolder:
+        """A new folder, or the same one again to go on with; ConfigError where it holds something else."""
+        if (path / INFO).exists():
+            found = cls.open(path, key).facts
+            other = [name for name in facts if found.get(name) != facts[name]]
+            if other:
+                name = other[0]
+                raise ConfigError(
+                    f"{key}: {path} was made otherwise ({name}: {found.get(name)!r}, now {facts[name]!r}); choose another"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{key}: {path} exists and holds no latents; choose another")
+        try:
+            (path / "samples").mkdir(parents=True, exist_ok=True)
+            for leftover in (path / "samples").glob(".*.partial"):
+                leftover.unlink()
+            _write(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ConfigError(f"{key}: {path} can not be written: {error.strerror}") from None
+        return cls(path, facts)
+
+    def file(self, index: int) -> Path:
+        suffix = "mp4" if self.facts["what"] == "videos" else "safetensors"
+        return self.path / "samples" / f"{index:06d}.{suffix}"
+
+    def missing(self, count: int) -> list[int]:
+        return [index for index in range(count) if not self.file(index).exists()]
+
+    def files(self) -> list[Path]:
+        return sorted((self.path / "samples").glob("[0-9]*.safetensors"))
+
+    def write(self, index: int, caption: str, latents: torch.Tensor, states: torch.Tensor | None = None) -> None:
+        tensors = {"latents": latents} if states is None else {"latents": latents, "states": states}
+        partial = self.file(index).with_name(f".{index:06d}.{os.getpid()}.partial")
+        halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
+        save_file(halves, partial, metadata={"caption": caption})
+        partial.rename(self.file(index))
+
+
+def read_latents(files: list[Path], num_frames: int) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
+    """Captions, latents [B, C, T, H, W] and states [S, B, C, T, H, W] in float32, of the first `num_frames` frames."""
+    captions, latents, states = [], [], []
+    for file in files:
+        try:
+            with safe_open(file, "pt") as handle:
+                captions.append(handle.metadata()["caption"])
+                latents.append(handle.get_slice("latents")[:, :num_frames].float())
+                if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
+                    states.append(handle.get_slice("states")[:, :, :num_frames].float())
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is broken: {error}; delete it and run dmdtrain synthesize again") from None
+    return captions, torch.stack(latents), torch.stack(states, 1) if states else None
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(file)

@@ -1,0 +1,111 @@
+"""`dmdtrain synthesize`: the teacher's own videos, latents or trajectories, for the warm-up of a causal student."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dmdtrain.config import Config, ConfigError
+from dmdtrain.data.latents import LatentFolder
+from dmdtrain.data.prompts import EpochSampler
+from dmdtrain.train import setup
+from dmdtrain.train.log import Live
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.validation import write_mp4
+
+KINDS = ("trajectories", "latents", "videos")
+
+
+def plan_of(
+    run: setup.Run, renderer: Renderer, prompts: list[str], what: str, steps: int, seed: int, every_state: bool = False
+) -> tuple[dict[str, Any], list[float]]:
+    """What decides the samples but their number (the same facts give the same samples), and the sigmas to go through."""
+    sigmas = renderer.teacher_sigmas(steps, run.timesteps if what == "trajectories" else [])
+    kept = [1000 * sigma for sigma in sigmas[:-1]] if every_state else run.timesteps
+    facts = {
+        "format": 1,
+        "what": what,
+        "teacher": run.teacher.name,
+        "steps": steps,
+        "guidance_scale": run.config.dmd.real_score_guidance_scale,
+        "guidance_convention": setup.GUIDANCE_CONVENTION,
+        "negative_prompt": run.config.data.negative_prompt,
+        "flow_shift": run.flow_shift,
+        "seed": seed,
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "latent_shape": list(warmup_shape(run)),
+        "timesteps": kept if what == "trajectories" else None,
+    }
+    return facts, sigmas
+
+
+def warmup_shape(run: setup.Run) -> tuple[int, int, int, int]:
+    """[C, T, H, W] of a video that the teacher can judge whole: the scored frames of a rollout."""
+    channels, _, height, width = run.latent_shape
+    return channels, run.config.rollout.scored_frames, height, width
+
+
+def make_samples(
+    renderer: Renderer, folder: LatentFolder, sigmas: list[float], prompts: list[str], count: int, console: Console
+) -> None:
+    """Adds what is missing of samples 0 to count - 1. Number i is of the i-th prompt drawn and starts from seed + i."""
+    facts = folder.facts
+    missing = folder.missing(count)
+    if not missing:
+        return
+    drawn = EpochSampler(prompts, facts["seed"]).draw(count)
+    kept = [sigmas.index(t / 1000) for t in facts["timesteps"] or []]
+    with Live(count, count - len(missing), console, unit="video") as live:
+        for rows in renderer.batches(len(missing), tuple(facts["latent_shape"])):
+            indices = [missing[row] for row in rows]
+            states = renderer.teacher_states(
+                [drawn[i] for i in indices],
+                [facts["seed"] + i for i in indices],
+                tuple(facts["latent_shape"]),
+                sigmas,
+                facts["guidance_scale"],
+                facts["negative_prompt"],
+            )
+            videos = renderer.decode(states[-1]) if facts["what"] == "videos" else None
+            for column, index in enumerate(indices):
+                if videos is None:
+                    folder.write(index, drawn[index], states[-1, column], states[kept, column] if kept else None)
+                else:  # a clip with its caption beside it; the clip last, since it is what says that both are there
+                    folder.file(index).with_suffix(".txt").write_text(drawn[index] + "\n", encoding="utf-8")
+                    write_mp4(folder.file(index), videos[column], renderer.run.config.validation.fps, min_edge=1)
+            live.step(count - len(missing) + rows.stop, "")
+
+
+def synthesize(
+    config: Config,
+    *,
+    out: Path,
+    what: str,
+    count: int | None,
+    steps: int,
+    seed: int,
+    every_state: bool,
+    console: Console,
+) -> None:
+    """`dmdtrain synthesize`; the prompts are the configuration's."""
+    if what not in KINDS:
+        raise ConfigError(f"--what: {what}: valid are {', '.join(KINDS)}")
+    if every_state and what != "trajectories":
+        raise ConfigError(f"--every-state: {what} have no states; valid is --what trajectories")
+    run = setup.resolve(config)
+    device = setup.device_of_this_machine()
+    renderer = Renderer(run, None, setup.text_cache(run, device), setup.autocast(config, device))
+    facts, sigmas = plan_of(run, renderer, run.prompts, what, steps, seed, every_state)
+    folder = LatentFolder.create(out, facts, "--out")
+    count = len(run.prompts) if count is None else count
+    console.print(
+        f"{count} {what} of {run.teacher.name}: {len(sigmas) - 1} steps, guidance {facts['guidance_scale']:g}, "
+        f"latents {facts['latent_shape']}; {len(folder.missing(count))} to make",
+        soft_wrap=True,
+    )
+    renderer.roles = setup.build_roles(run, device, trained=())
+    make_samples(renderer, folder, sigmas, run.prompts, count, console)
+    console.print(f"done: {folder.path}, {count} {what}", soft_wrap=True)

@@ -1,0 +1,168 @@
+"""The warm-up of a causal student: it learns to read clean context before DMD makes it read its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from rich.console import Console
+
+from dmdtrain import config as configuration
+from dmdtrain.config import ConfigError
+from dmdtrain.data.latents import LatentFolder, read_latents
+from dmdtrain.data.prompts import EpochSampler
+from dmdtrain.models.roles import load_parameters
+from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train import synthesize
+from dmdtrain.train.checkpoint import WARMUP
+from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
+from dmdtrain.train.optim import build_optimizer, learning_rate
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.setup import Run, sampling_json
+from dmdtrain.train.step import Stats, draw_warmup, warmup_backward
+
+
+def check_data(run: Run) -> None:
+    """ConfigError unless `warmup.data`, where it is given, holds what the warm-up needs."""
+    settings = run.config.warmup
+    if settings.kind == "none" or settings.data is None:
+        return
+    folder = LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
+    if folder.facts["what"] == "videos":
+        raise ConfigError(f"warmup.data: {folder.path} holds videos; valid are --what trajectories or latents")
+    wanted, found = synthesize.warmup_shape(run), folder.facts["latent_shape"]
+    if (found[0], *found[2:]) != (wanted[0], *wanted[2:]) or found[1] < wanted[1]:
+        raise ConfigError(
+            f"warmup.data: {folder.path} holds latents {found}; this run needs {list(wanted)} (or more frames)"
+        )
+    if settings.kind == "ode_regression":
+        _state_indices(folder, run.timesteps)
+    if not folder.files():
+        raise ConfigError(f"warmup.data: {folder.path} holds no samples; run dmdtrain synthesize to its end")
+
+
+def _state_indices(folder: LatentFolder, timesteps: list[float]) -> list[int]:
+    """Which of a folder's states are those at the student's denoising steps."""
+    there = folder.facts["timesteps"] or []
+    indices = [next((i for i, t in enumerate(there) if abs(t - wanted) < 1e-3), None) for wanted in timesteps]
+    if None in indices:
+        listed = ", ".join(f"{t:g}" for t in there) or "none"
+        raise ConfigError(
+            f"warmup.data: {folder.path} holds states at {listed}; ode_regression needs them at "
+            f"{', '.join(f'{t:g}' for t in timesteps)} (dmdtrain synthesize --what trajectories)"
+        )
+    return indices  # type: ignore[return-value]
+
+
+class Warmup:
+    """The first stage of a run. It trains the student's weights in `renderer.roles`."""
+
+    def __init__(self, run: Run, renderer: Renderer, console: Console):
+        assert renderer.roles is not None
+        self.run, self.config, self.console = run, run.config, console
+        self.renderer, self.roles, self.text = renderer, renderer.roles, renderer.text
+        self.root = run.output_dir / WARMUP
+        settings, optimizer = run.config.warmup, run.config.optimizer
+        self.optimizer = build_optimizer(
+            optimizer.name,
+            self.roles.parameters("student"),
+            lr=settings.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self.generator = torch.Generator().manual_seed(run.config.train.seed + 2)
+        self.step = self.bad_steps = self.bad_in_a_row = 0
+
+    def prepare(self) -> None:
+        """Opens the data, or has the teacher make them."""
+        settings, run = self.config.warmup, self.run
+        if settings.data is not None:
+            folder = LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
+        else:
+            what = "trajectories" if settings.kind == "ode_regression" else "latents"
+            seed = self.config.train.seed
+            facts, sigmas = synthesize.plan_of(run, self.renderer, run.prompts, what, settings.teacher_steps, seed)
+            folder = LatentFolder.create(run.output_dir / "cache" / WARMUP, facts, "warmup")
+            missing = len(folder.missing(settings.num_samples))
+            if missing:
+                self.console.print(f"warm-up: the teacher makes {missing} videos in {folder.path}", soft_wrap=True)
+            synthesize.make_samples(self.renderer, folder, sigmas, run.prompts, settings.num_samples, self.console)
+        needs_states = settings.kind == "ode_regression"
+        self.states = _state_indices(folder, run.timesteps) if needs_states else None
+        files = folder.files()
+        self.files = EpochSampler(files, self.config.train.seed)
+        self.num_frames = synthesize.warmup_shape(run)[1]
+
+    def train_step(self) -> dict[str, float]:
+        self.step += 1
+        started = perf_counter()
+        config, parameters = self.config, self.roles.parameters("student")
+        n, micro = config.samples_per_update, config.train.batch_size
+        captions, clean, states = read_latents(self.files.draw(n), self.num_frames)
+        self.text.prepare(captions)
+        batch = draw_warmup(
+            config,
+            self.run.timesteps,
+            self.run.flow_shift,
+            self.text.get(captions),
+            clean,
+            None if self.states is None or states is None else states[self.states],
+            self.generator,
+        ).to(self.text.device)
+        total: Stats = {}
+        for start in range(0, n, micro):
+            rows = batch.rows(start, start + micro)
+            stats = warmup_backward(self.roles, config.rollout, rows, micro / n, self.renderer.autocast)
+            total = {key: total.get(key, 0) + value * (micro / n) for key, value in stats.items()}
+        lr = learning_rate(
+            self.step - 1,
+            config.warmup.steps,
+            peak=config.warmup.lr,
+            name="constant",
+            warmup_steps=config.warmup.lr_warmup_steps,
+            min_lr=0.0,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm, finite = guarded_step(
+            self.optimizer, parameters, [*total.values()], config.optimizer.grad_clip, config.optimizer.grad_clip_method
+        )
+        count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
+        values = {key: float(value) for key, value in total.items()} if finite else {}
+        return values | {
+            "warmup_grad_norm": float(norm),
+            "lr_warmup": lr,
+            "bad_steps": self.bad_steps,
+            "seconds": perf_counter() - started,
+            "memory_gib": peak_memory_gib(self.text.device),
+        }
+
+    def save(self) -> Path:
+        tensors = {"student": dict(self.roles.named_parameters("student")), "random": {}}
+        texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
+        checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
+        tensors["random"] = {"draws": self.generator.get_state()}
+        tensors["random"] |= {f"files.{k}": v for k, v in self.files.state_dict().items()}
+        counters = {name: getattr(self, name) for name in ("step", "bad_steps", "bad_in_a_row")}
+        texts["state.json"] = json.dumps({"stage": WARMUP} | counters) + "\n"
+        return checkpoints.write_checkpoint(self.root, self.step, tensors, texts, self.config.checkpoint.keep)
+
+    def load(self, folder: Path) -> None:
+        load_parameters(self.roles.named_parameters("student"), checkpoints.read_tensors(folder, "student"))
+        checkpoints.load_optimizer("student", self.optimizer, folder)
+        random = checkpoints.read_tensors(folder, "random")
+        self.generator.set_state(random.pop("draws"))
+        self.files.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
+        state = checkpoints.read_json(folder, "state.json")
+        for name in ("step", "bad_steps", "bad_in_a_row"):
+            setattr(self, name, state[name])
+
+    def fit(self) -> None:
+        shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}
+        self.root.mkdir(parents=True, exist_ok=True)
+        run_stage(
+            self, self.config.warmup.steps, self.root, self.config, self.console, shown=shown, unit="warm-up step"
+        )
