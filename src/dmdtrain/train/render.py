@@ -27,7 +27,7 @@ BATCH_TOKENS = 8192  # tokens of one sampling batch: many tiny videos, or one la
 class Renderer:
     """Samples videos of prompts. Prompt number i starts from noise seeded with `seed + i`, whatever the batch."""
 
-    def __init__(self, run: Run, roles: Roles | None, text: TextCache, autocast: Autocast = nullcontext):
+    def __init__(self, run: Run, roles: Roles, text: TextCache, autocast: Autocast = nullcontext):
         self.run, self.roles, self.text, self.autocast = run, roles, text, autocast
 
     def batches(self, count: int, shape: tuple[int, ...]) -> list[range]:
@@ -136,15 +136,6 @@ class Renderer:
             parts.append(latents)
         return torch.cat(parts)
 
-    def teacher_sigmas(self, steps: int, through: list[float]) -> list[float]:
-        """The teacher's own grid of `steps`, descending from 1 to 0, that also stops at the timesteps `through`."""
-        scheduler = load_scheduler(self.run.teacher, self.run.config.model.flow_shift)
-        scheduler.set_timesteps(steps)
-        stops = {1.0, 0.0, *(sigma_from_timestep(t) for t in through)}
-        # A step that a stop makes needless is dropped: grids of some schedulers start at 0.9997.
-        own = (float(sigma) for sigma in scheduler.sigmas)
-        return sorted(stops | {s for s in own if min(abs(s - stop) for stop in stops) > 1e-3}, reverse=True)
-
     @torch.no_grad()
     def teacher_states(
         self,
@@ -176,6 +167,16 @@ class Renderer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return torch.cat(videos)
+
+
+def teacher_sigmas(run: Run, steps: int, through: list[float]) -> list[float]:
+    """The teacher's own grid of `steps`, descending from 1 to 0, that also stops at the timesteps `through`."""
+    scheduler = load_scheduler(run.teacher, run.config.model.flow_shift)
+    scheduler.set_timesteps(steps)
+    stops = {1.0, 0.0, *(sigma_from_timestep(t) for t in through)}
+    # A step that a stop makes needless is dropped: grids of some schedulers start at 0.9997.
+    own = (float(sigma) for sigma in scheduler.sigmas)
+    return sorted(stops | {s for s in own if min(abs(s - stop) for stop in stops) > 1e-3}, reverse=True)
 
 
 def _guided(cond: Denoiser, uncond: Denoiser, scale: float) -> Denoiser:

@@ -13,17 +13,17 @@ from dmdtrain.data.latents import LatentFolder
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.train import setup
 from dmdtrain.train.log import Live
-from dmdtrain.train.render import Renderer
+from dmdtrain.train.render import Renderer, teacher_sigmas
 from dmdtrain.train.validation import write_mp4
 
 KINDS = ("trajectories", "latents", "videos")
 
 
 def plan_of(
-    run: setup.Run, renderer: Renderer, prompts: list[str], what: str, steps: int, seed: int, every_state: bool = False
+    run: setup.Run, what: str, steps: int, seed: int, every_state: bool = False
 ) -> tuple[dict[str, Any], list[float]]:
     """What decides the samples but their number (the same facts give the same samples), and the sigmas to go through."""
-    sigmas = renderer.teacher_sigmas(steps, run.timesteps if what == "trajectories" else [])
+    sigmas = teacher_sigmas(run, steps, run.timesteps if what == "trajectories" else [])
     kept = [1000 * sigma for sigma in sigmas[:-1]] if every_state else run.timesteps
     facts = {
         "format": 1,
@@ -35,7 +35,7 @@ def plan_of(
         "negative_prompt": run.config.data.negative_prompt,
         "flow_shift": run.flow_shift,
         "seed": seed,
-        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts_sha256": hashlib.sha256("\n".join(run.prompts).encode()).hexdigest(),
         "latent_shape": list(warmup_shape(run)),
         "timesteps": kept if what == "trajectories" else None,
     }
@@ -48,15 +48,13 @@ def warmup_shape(run: setup.Run) -> tuple[int, int, int, int]:
     return channels, run.config.rollout.scored_frames, height, width
 
 
-def make_samples(
-    renderer: Renderer, folder: LatentFolder, sigmas: list[float], prompts: list[str], count: int, console: Console
-) -> None:
+def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], count: int, console: Console) -> None:
     """Adds what is missing of samples 0 to count - 1. Number i is of the i-th prompt drawn and starts from seed + i."""
     facts = folder.facts
     missing = folder.missing(count)
     if not missing:
         return
-    drawn = EpochSampler(prompts, facts["seed"]).draw(count)
+    drawn = EpochSampler(renderer.run.prompts, facts["seed"]).draw(count)
     kept = [sigmas.index(t / 1000) for t in facts["timesteps"] or []]
     with Live(count, count - len(missing), console, unit="video") as live:
         for rows in renderer.batches(len(missing), tuple(facts["latent_shape"])):
@@ -96,9 +94,7 @@ def synthesize(
     if every_state and what != "trajectories":
         raise ConfigError(f"--every-state: {what} have no states; valid is --what trajectories")
     run = setup.resolve(config)
-    device = setup.device_of_this_machine()
-    renderer = Renderer(run, None, setup.text_cache(run, device), setup.autocast(config, device))
-    facts, sigmas = plan_of(run, renderer, run.prompts, what, steps, seed, every_state)
+    facts, sigmas = plan_of(run, what, steps, seed, every_state)
     folder = LatentFolder.create(out, facts, "--out")
     count = len(run.prompts) if count is None else count
     console.print(
@@ -106,6 +102,8 @@ def synthesize(
         f"latents {facts['latent_shape']}; {len(folder.missing(count))} to make",
         soft_wrap=True,
     )
-    renderer.roles = setup.build_roles(run, device, trained=())
-    make_samples(renderer, folder, sigmas, run.prompts, count, console)
+    device = setup.device_of_this_machine()
+    roles = setup.build_roles(run, device, trained=())
+    renderer = Renderer(run, roles, setup.text_cache(run, device), setup.autocast(config, device))
+    make_samples(renderer, folder, sigmas, count, console)
     console.print(f"done: {folder.path}, {count} {what}", soft_wrap=True)

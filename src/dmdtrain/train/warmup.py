@@ -60,7 +60,6 @@ class Warmup:
     """The first stage of a run. It trains the student's weights in `renderer.roles`."""
 
     def __init__(self, run: Run, renderer: Renderer, console: Console):
-        assert renderer.roles is not None
         self.run, self.config, self.console = run, run.config, console
         self.renderer, self.roles, self.text = renderer, renderer.roles, renderer.text
         self.root = run.output_dir / WARMUP
@@ -84,12 +83,12 @@ class Warmup:
         else:
             what = "trajectories" if settings.kind == "ode_regression" else "latents"
             seed = self.config.train.seed
-            facts, sigmas = synthesize.plan_of(run, self.renderer, run.prompts, what, settings.teacher_steps, seed)
+            facts, sigmas = synthesize.plan_of(run, what, settings.teacher_steps, seed)
             folder = LatentFolder.create(run.output_dir / "cache" / WARMUP, facts, "warmup")
             missing = len(folder.missing(settings.num_samples))
             if missing:
                 self.console.print(f"warm-up: the teacher makes {missing} videos in {folder.path}", soft_wrap=True)
-            synthesize.make_samples(self.renderer, folder, sigmas, run.prompts, settings.num_samples, self.console)
+            synthesize.make_samples(self.renderer, folder, sigmas, settings.num_samples, self.console)
         needs_states = settings.kind == "ode_regression"
         self.states = _state_indices(folder, run.timesteps) if needs_states else None
         files = folder.files()
