@@ -141,6 +141,7 @@ def validate(
     teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the teacher.")] = 50,
     count: Annotated[int | None, typer.Option(min=1, help="At most so many prompts.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Prompt number i starts from seed + i.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Video frames, 1 + 4k; default: the run's.")] = None,
     weights: Weights = "",
     out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/validate/step-N.")] = None,
 ) -> None:
@@ -156,6 +157,7 @@ def validate(
             teacher_steps=teacher_steps,
             count=count,
             seed=seed,
+            frames=frames,
             weights=weights,
             out=out,
             console=_console(),

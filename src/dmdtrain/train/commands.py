@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from dmdtrain.config import ConfigError, build, load
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, load
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import stock_scheduler, write_lora
+from dmdtrain.models.encode import StreamDecoder
 from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, read_json
+from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer
-from dmdtrain.train.validation import write_mp4, write_samples
+from dmdtrain.train.step import block_layout
+from dmdtrain.train.validation import Mp4Writer, write_samples
 
 
 def _pick_weights(ckpt: Path, weights: str) -> str:
@@ -34,6 +39,43 @@ def _timesteps(text: str | None, run: setup.Run) -> list[float]:
     checked = build({"validation": {"steps": text}}, "--steps").validation.steps
     assert checked is not None
     return [float(t) for t in checked]
+
+
+def _shape(run: setup.Run, frames: int | None) -> tuple[int, int, int, int]:
+    """[C, T, H, W] of the videos: the run's validation size, in `--frames` video frames where given."""
+    channels, latent_frames, height, width = run.validation_latent_shape
+    if frames is not None:
+        try:
+            check_blocks(run.config.rollout, frames, "--frames")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        latent_frames = setup.latent_frames(frames)
+        positions = run.base.positions
+        if latent_frames > positions:
+            raise ConfigError(
+                f"--frames: {frames}: the model has positions for {1 + VAE_TEMPORAL_FACTOR * (positions - 1)} frames at most"
+            )
+    return channels, latent_frames, height, width
+
+
+@contextmanager
+def _blocks_live(
+    run: setup.Run, shape: tuple[int, ...], videos: int, console: Console
+) -> Iterator[Callable[[int], None]]:
+    """Progress in finished blocks of all videos; none where every video is a single block."""
+    blocks = len(block_layout(run.config.rollout, shape[1]).sizes)
+    if blocks == 1:
+        yield lambda count: None
+        return
+    done = 0
+    with Live(videos * blocks, 0, console, unit="block") as live:
+
+        def on_block(count: int) -> None:
+            nonlocal done
+            done += count
+            live.step(done, "")
+
+        yield on_block
 
 
 def _make_folder(folder: Path, key: str) -> None:
@@ -58,6 +100,7 @@ def validate(
     teacher_steps: int,
     count: int | None,
     seed: int | None,
+    frames: int | None,
     weights: str,
     out: Path | None,
     console: Console,
@@ -77,8 +120,8 @@ def validate(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out: {folder} exists and is not an empty folder; choose another")
 
+    shape = _shape(run, frames)
     renderer = _renderer(run, ckpt, weights)
-    shape = run.validation_latent_shape
     columns, facts = {}, run.sampling() | {"checkpoint": str(ckpt), "weights": weights, "seed": seed}
     facts |= {"timesteps": timesteps, "sigmas": [t / 1000 for t in timesteps], "seconds": {}}
     if compare_teacher:
@@ -91,9 +134,10 @@ def validate(
         columns[name] = renderer.decode(latents)
     console.print(f"student ({weights}): {len(texts)} videos in {len(timesteps)} steps", soft_wrap=True)
     started = time.monotonic()
-    latents = renderer.student(texts, seed, shape, timesteps, settings.guidance_scale, settings.negative_prompt)
+    options = (settings.guidance_scale, settings.negative_prompt)
+    with _blocks_live(run, shape, len(texts), console) as on_block:
+        columns["student"] = renderer.student_videos(texts, seed, shape, timesteps, *options, on_block=on_block)
     facts["seconds"]["student"] = round(time.monotonic() - started, 2)
-    columns["student"] = renderer.decode(latents)
     results = write_samples(folder, columns, texts, facts, settings.fps)
     for name, scores in results["scores"].items():
         console.print(f"{name}: right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()), soft_wrap=True)
@@ -110,22 +154,19 @@ def generate(
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     run = setup.load_run(ckpt)
-    try:
-        latent_frames = setup.latent_frames(run.config.validation.num_frames if frames is None else frames)
-    except ValueError as error:
-        raise ConfigError(str(error).replace("num_frames", "--frames", 1)) from None
-    positions = run.base.positions
-    if latent_frames > positions:
-        raise ConfigError(f"--frames: {frames}: the model has positions for {1 + 4 * (positions - 1)} frames at most")
+    shape = _shape(run, frames)
     _make_folder(out.parent, "--out")
     renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights))
-    channels, _, height, width = run.validation_latent_shape
     settings = run.config.validation
-    shape = (channels, latent_frames, height, width)
-    latents = renderer.student(
-        [prompt], seed, shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
+    blocks = renderer.student_blocks(
+        [prompt], [seed], shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
     )
-    write_mp4(out, renderer.decode(latents)[0], settings.fps)
+    with renderer.codec() as vae, Mp4Writer(out, settings.fps) as writer:
+        decoder = StreamDecoder(vae)
+        with _blocks_live(run, shape, 1, console) as on_block:
+            for block in blocks:
+                writer.write(decoder(block)[0].cpu())
+                on_block(1)
     console.print(f"wrote {out}", soft_wrap=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from dmdtrain.dmd import guide
 from dmdtrain.flow import sigma_from_timestep
-from dmdtrain.models.encode import TextCache, decode_latents
+from dmdtrain.models.encode import StreamDecoder, TextCache, decode_latents
 from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import load_scheduler, load_vae
 from dmdtrain.rollout import Denoiser, draw_noise, sample
@@ -76,15 +76,43 @@ class Renderer:
             on_step=on_step,
         )
 
+    def _student_batches(
+        self, prompts: list[str], seed: int, shape: tuple[int, int, int, int], timesteps: list[float], *options: Any
+    ) -> Iterator[Iterator[torch.Tensor]]:
+        for rows in self.batches(len(prompts), shape):
+            chunk, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
+            yield self.student_blocks(chunk, seeds, shape, timesteps, *options)
+
     def student(
         self, prompts: list[str], seed: int, shape: tuple[int, int, int, int], timesteps: list[float], *options: Any
     ) -> torch.Tensor:
         """Normalised latents [N, *shape] of the few-step student; options as in `student_blocks`."""
-        parts = []
-        for rows in self.batches(len(prompts), shape):
-            chunk, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
-            parts.append(torch.cat(list(self.student_blocks(chunk, seeds, shape, timesteps, *options)), 2))
-        return torch.cat(parts)
+        batches = self._student_batches(prompts, seed, shape, timesteps, *options)
+        return torch.cat([torch.cat(list(blocks), 2) for blocks in batches])
+
+    def student_videos(
+        self,
+        prompts: list[str],
+        seed: int,
+        shape: tuple[int, int, int, int],
+        timesteps: list[float],
+        *options: Any,
+        on_block: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU, decoded as blocks are finished; options as in `student_blocks`.
+
+        on_block: told the number of videos whose next block is done.
+        """
+        videos = []
+        with self.codec() as vae:
+            for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
+                decoder, parts = StreamDecoder(vae), []
+                for block in blocks:
+                    parts.append(decoder(block).cpu())
+                    if on_block is not None:
+                        on_block(len(block))
+                videos.append(torch.cat(parts, 2))
+        return torch.cat(videos)
 
     def _student(self, context: torch.Tensor) -> Denoiser:
         return student_denoiser(self.roles, context, new_cache(self.run.config.rollout, evict=True), self.autocast)
@@ -157,16 +185,23 @@ class Renderer:
                 on_step()
         return torch.stack(states)
 
+    @contextmanager
+    def codec(self) -> Iterator[Any]:
+        """The VAE, loaded for the while and freed after it."""
+        vae = load_vae(self.run.base).to(self.text.device)
+        try:
+            yield vae
+        finally:
+            del vae
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU. The codec is loaded for the call and freed after it."""
-        vae = load_vae(self.run.base).to(latents.device)
+        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU."""
         rows = self.batches(len(latents), tuple(latents.shape[1:]))
-        videos = [decode_latents(vae, latents[r.start : r.stop]).cpu() for r in rows]
-        del vae
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return torch.cat(videos)
+        with self.codec() as vae:
+            return torch.cat([decode_latents(vae, latents[r.start : r.stop]).cpu() for r in rows])
 
 
 def teacher_sigmas(run: Run, steps: int, through: list[float]) -> list[float]:

@@ -216,7 +216,7 @@ class Trainer:
         for weights in ("ema", "raw") if choice == "both" else (choice,):
             values = self.ema.weights if weights == "ema" and self.ema is not None else None
             with self.roles.weights("student", values):
-                latents = self.renderer.student(
+                videos = self.renderer.student_videos(
                     prompts,
                     settings.seed,
                     self.run.validation_latent_shape,
@@ -224,7 +224,6 @@ class Trainer:
                     settings.guidance_scale,
                     settings.negative_prompt,
                 )
-            videos = self.renderer.decode(latents)
             columns["student" if weights == choice else f"student {weights}"] = videos
             gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
             log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]

@@ -32,17 +32,40 @@ def to_frames(video: torch.Tensor, min_edge: int = 128) -> np.ndarray:
     return frames.repeat(factor, 1).repeat(factor, 2)
 
 
-def write_mp4(file: Path, video: torch.Tensor, fps: int, min_edge: int = 128) -> None:
-    """H.264, written beside its name and renamed. video: [3, T, H, W] in [-1, 1]; `min_edge` as in `to_frames`."""
-    frames = to_frames(video, min_edge)
-    partial = file.with_name(f".{file.name}.partial")
-    with av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+class Mp4Writer:
+    """H.264, written frame by frame beside its name and renamed when it is whole. `min_edge` as in `to_frames`."""
+
+    def __init__(self, file: Path, fps: int, min_edge: int = 128):
+        self.file, self.min_edge = file, min_edge
+        self.partial = file.with_name(f".{file.name}.partial")
+        self.container = av.open(str(self.partial), "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
+        self.stream.pix_fmt = "yuv420p"
+
+    def write(self, video: torch.Tensor) -> None:
+        """The next frames: [3, t, H, W] in [-1, 1]."""
+        frames = to_frames(video, self.min_edge)
+        self.stream.height, self.stream.width = frames.shape[1:3]
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    partial.rename(file)
+            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self.container.mux(self.stream.encode())
+        self.container.close()
+        if error is None:
+            self.partial.rename(self.file)
+        else:
+            self.partial.unlink()
+
+
+def write_mp4(file: Path, video: torch.Tensor, fps: int, min_edge: int = 128) -> None:
+    """A whole video: [3, T, H, W] in [-1, 1]."""
+    with Mp4Writer(file, fps, min_edge) as writer:
+        writer.write(video)
 
 
 def gif_bytes(video: torch.Tensor, fps: int) -> bytes:
