@@ -194,6 +194,23 @@ def export_lora(
         run_export(ckpt=ckpt, out=out, file_format=file_format, weights=weights, console=_console())
 
 
+@app.command("export-pipeline")
+def export_pipeline(
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="The Diffusers folder to write.")],
+    weights: Weights = "",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32 or bf16, of the merged transformer; default: bf16, or fp32 where the run's is."),
+    ] = None,
+) -> None:
+    """Write a whole Diffusers folder that makes videos without dmdtrain."""
+    with _one_line_errors():
+        from dmdtrain.train.commands import export_pipeline as run_export
+
+        run_export(ckpt=ckpt, out=out, weights=weights, precision=precision, console=_console())
+
+
 def main() -> None:
     try:
         app()

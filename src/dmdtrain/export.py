@@ -1,9 +1,12 @@
-"""Export of a trained student: LoRA files for Diffusers and ComfyUI, and the scheduler that samples it."""
+"""Export of a trained student: LoRA files for Diffusers and ComfyUI, schedulers, and whole pipelines."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.models.wan import WanFolder, load_transformer, part_folder
 
 FORMATS = ("diffusers", "comfyui")
 TOLERANCE = 0.05  # timesteps, of 1000
@@ -96,3 +100,105 @@ def stock_scheduler(timesteps: list[float]) -> FlowMatchEulerDiscreteScheduler |
     scheduler = build(high if n > 2 else 1.0)
     error = (scheduler.timesteps.double() - torch.tensor(timesteps, dtype=torch.float64)).abs().max()
     return scheduler if error < TOLERANCE else None
+
+
+# What the exported pipeline is made of, in an order in which each only needs those before it.
+PIPELINE_SOURCES = ("flow.py", "rollout.py", "models/causal.py", "models/decode.py", "pipeline.py")
+PIPELINE_MODULE, PIPELINE_CLASS = "few_step_pipeline", "FewStepWanPipeline"
+
+
+def pipeline_source() -> str:
+    """The pipeline as one file that needs no dmdtrain: the modules it is made of, with their imports gathered at the top."""
+    imports: dict[str, None] = {"from __future__ import annotations": None}
+    bodies = []
+    for name in PIPELINE_SOURCES:
+        text = files("dmdtrain").joinpath(name).read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dmdtrain")):
+                    imports[ast.unparse(node)] = None
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = ""
+        body = re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip()
+        bodies.append(f"# {'-' * 20} {name}\n\n{body}")
+    head = '"""Written by dmdtrain export-pipeline: the sampler of a few-step Wan student, made of dmdtrain\'s own modules."""'
+    return "\n\n".join([head, "\n".join(imports), *bodies]) + "\n"
+
+
+def merge(transformer: Any, weights: dict[str, torch.Tensor], scale: float | None) -> None:
+    """Puts a student into a plain transformer: B A * scale added in float32, or (scale None) whole weights copied."""
+    own = dict(transformer.named_parameters())
+    with torch.no_grad():
+        for key, value in weights.items():
+            if scale is None:
+                own[key].copy_(value)
+            elif key.endswith(".lora_A.weight"):
+                module = key.removesuffix(".lora_A.weight")
+                delta = weights[f"{module}.lora_B.weight"].float() @ value.float() * scale
+                own[f"{module}.weight"].copy_(own[f"{module}.weight"].float() + delta)
+
+
+def write_pipeline(
+    folder: Path, base: WanFolder, precision: str, weights: dict[str, torch.Tensor], scale: float | None, facts: dict
+) -> str:
+    """A self-contained Diffusers folder of the student. Returns the name of its pipeline's class.
+
+    The stock `WanPipeline` where the student is bidirectional and a stock scheduler walks its timesteps, else
+    `FewStepWanPipeline` with its source.
+
+    Args:
+        precision: fp32 or bf16, of the merged transformer. scale: alpha / rank, or None for a student trained whole.
+        facts: as `Run.sampling` gives them, with height, width and num_frames of a call.
+    """
+    scheduler = None if facts["causal"] else stock_scheduler(facts["timesteps"])
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    transformer = load_transformer(base, precision)
+    merge(transformer, weights, scale)
+    transformer.save_pretrained(partial / "transformer")
+    del transformer
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(part_folder(base, part), partial / part)
+    stock = scheduler or FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    stock.save_pretrained(partial / "scheduler")
+    index = json.loads((base.path / "model_index.json").read_text(encoding="utf-8"))
+    index |= {"_class_name": "WanPipeline", "scheduler": ["diffusers", type(stock).__name__]}
+    index = {key: value for key, value in index.items() if key.startswith("_") or isinstance(value, list)}
+    if scheduler is None:
+        index.pop("transformer_2", None)
+        index["_class_name"] = [PIPELINE_MODULE, PIPELINE_CLASS]
+        index |= {key: facts[key] for key in ("timesteps", "num_frame_per_block", "independent_first_frame")}
+        index |= {key: facts[key] for key in ("local_attention_frames", "sink_frames", "max_sequence_length")}
+        index |= {key: facts[key] for key in ("height", "width", "num_frames")}
+        index["context_noise"] = facts["context_noise"] or 0.0
+        (partial / f"{PIPELINE_MODULE}.py").write_text(pipeline_source(), encoding="utf-8")
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (partial / "sampling.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(_usage(folder.name, facts, scheduler is not None), encoding="utf-8")
+    partial.rename(folder)
+    return "WanPipeline" if scheduler is not None else PIPELINE_CLASS
+
+
+def _usage(name: str, facts: dict[str, Any], stock: bool) -> str:
+    steps = ", ".join(f"{t:g}" for t in facts["timesteps"])
+    size = f"height={facts['height']}, width={facts['width']}, num_frames={facts['num_frames']}"
+    if stock:
+        load, call = f'"{name}"', f"num_inference_steps={len(facts['timesteps'])}, guidance_scale=1.0, {size}"
+        call += f", max_sequence_length={facts['max_sequence_length']}"
+    else:
+        load, call = f'"{name}", trust_remote_code=True', size
+    return f"""# {name}
+
+A {len(facts["timesteps"])}-step student of {facts["base_model"]}, distilled with dmdtrain. Timesteps {steps}; no guidance.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_video
+
+pipe = DiffusionPipeline.from_pretrained({load}, torch_dtype=torch.bfloat16).to("cuda")
+video = pipe("a prompt", {call}).frames[0]
+export_to_video(video, "video.mp4", fps=16)
+```
+"""

@@ -1,4 +1,4 @@
-"""Text embeddings and video decoding, exactly as `WanPipeline` does them. Neither model is resident during steps."""
+"""Text embeddings, exactly as `WanPipeline` makes them. The encoder is not resident during steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file, save_file
 
@@ -80,38 +79,3 @@ def encode_prompts(tokenizer: Any, encoder: Any, prompts: list[str], length: int
     device = next(encoder.parameters()).device
     hidden = encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
     return hidden, tokens.attention_mask.gt(0).sum(dim=1).tolist()
-
-
-class StreamDecoder:
-    """Decodes videos block by block, with what the codec remembers of earlier frames in its own causal feature cache: all
-    blocks together give what one `decode` gives, in memory that does not grow with the video."""
-
-    def __init__(self, vae: Any):
-        self.vae = vae
-        self._features: list[Any] | None = None
-
-    @torch.no_grad()
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents [B, C, t, H, W] -> [B, 3, 4 t, H', W'] (the first block: 1 + 4 (t - 1)) in [-1, 1], float32."""
-        vae, shape = self.vae, (1, -1, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
-        std = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
-        hidden = vae.post_quant_conv(latents.float() * std + mean)
-        frames = []
-        for frame in hidden.split(1, dim=2):
-            first = self._features is None
-            if self._features is None:
-                vae.clear_cache()
-                self._features = vae._feat_map
-                vae.clear_cache()  # leaves the list that was taken to this video alone
-            frames.append(vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first))
-        video = torch.cat(frames, 2)
-        if vae.config.patch_size is not None:
-            video = unpatchify(video, patch_size=vae.config.patch_size)
-        return video.clamp(-1, 1).float()
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Videos of normalised latents: [B, C, T, H, W] -> [B, 3, 1 + 4 (T - 1), H', W'] in [-1, 1], float32."""
-    return StreamDecoder(vae)(latents)

@@ -208,9 +208,15 @@ def load_scheduler(folder: WanFolder, shift: float | None = None) -> Any:
     return cls.from_config(folder.scheduler | changes)
 
 
-def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
+def part_folder(folder: WanFolder, part: str) -> Path:
+    """Where a part lies, weights included: those of a hub model are fetched when they are first needed."""
     if folder.hub:
         _download(folder.name, [f"{part}/*"], part)
+    return folder.path / part
+
+
+def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
+    part_folder(folder, part)
     try:
         model, found = cls.from_pretrained(
             folder.path, subfolder=part, local_files_only=True, output_loading_info=True, **options

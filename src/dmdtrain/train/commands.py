@@ -12,8 +12,8 @@ from rich.console import Console
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, load
 from dmdtrain.data.prompts import load_prompts
-from dmdtrain.export import stock_scheduler, write_lora
-from dmdtrain.models.encode import StreamDecoder
+from dmdtrain.export import stock_scheduler, write_lora, write_pipeline
+from dmdtrain.models.decode import StreamDecoder
 from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, read_json
 from dmdtrain.train.log import Live
@@ -200,5 +200,28 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     console.print(
         f"wrote {scheduler_folder}: with it WanPipeline samples at {listed} "
         f"(num_inference_steps={len(timesteps)}, guidance_scale=1.0)",
+        soft_wrap=True,
+    )
+
+
+def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | None, console: Console) -> None:
+    run = setup.load_run(ckpt)
+    precision = precision or ("fp32" if run.config.model.precision == "fp32" else "bf16")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision: {precision}: valid are fp32, bf16")
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists; choose another name")
+    _make_folder(out.parent, "--out")
+    student, settings = run.config.student, run.config.validation
+    facts = run.sampling()
+    _, _, height, width = run.validation_latent_shape
+    factor = run.base.spatial_factor
+    facts |= {"height": height * factor, "width": width * factor, "num_frames": settings.num_frames}
+    scale = student.alpha / student.rank if student.kind == "lora" else None
+    values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
+    name = write_pipeline(out, run.base, precision, values, scale, facts)
+    remote = "" if name == "WanPipeline" else ", trust_remote_code=True"
+    console.print(
+        f'wrote {out}: DiffusionPipeline.from_pretrained("{out}"{remote}) gives a {name}; {out / "README.md"} shows its call',
         soft_wrap=True,
     )

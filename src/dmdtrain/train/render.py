@@ -12,7 +12,8 @@ import torch
 
 from dmdtrain.dmd import guide
 from dmdtrain.flow import sigma_from_timestep
-from dmdtrain.models.encode import StreamDecoder, TextCache, decode_latents
+from dmdtrain.models.decode import StreamDecoder, decode_latents
+from dmdtrain.models.encode import TextCache
 from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import load_scheduler, load_vae
 from dmdtrain.rollout import Denoiser, draw_noise, sample

@@ -45,7 +45,8 @@ class Mp4Writer:
     def write(self, video: torch.Tensor) -> None:
         """The next frames: [3, t, H, W] in [-1, 1]."""
         frames = to_frames(video, self.min_edge)
-        self.stream.height, self.stream.width = frames.shape[1:3]
+        if not self.stream.codec_context.is_open:  # the first frames tell the size
+            self.stream.height, self.stream.width = frames.shape[1:3]
         for frame in frames:
             self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
@@ -59,7 +60,7 @@ class Mp4Writer:
         if error is None:
             self.partial.rename(self.file)
         else:
-            self.partial.unlink()
+            self.partial.unlink(missing_ok=True)
 
 
 def write_mp4(file: Path, video: torch.Tensor, fps: int, min_edge: int = 128) -> None:
