@@ -6,9 +6,12 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -69,6 +72,38 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class Phases:
+    """Time by phase of a step. On a GPU by events, so that measuring does not wait for it; `take` does."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((name, start, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for name, start, end in self._spans:
+            span = start.elapsed_time(end) / 1000 if self._cuda else end - start
+            seconds[f"seconds_{name}"] = seconds.get(f"seconds_{name}", 0.0) + span
+        self._spans.clear()
+        return seconds
 
 
 class Live:

@@ -14,6 +14,7 @@ from dmdtrain.flow import add_noise, shift_timestep, sigma_from_timestep, x0_fro
 from dmdtrain.models.causal import CausalView, KVCache, TeacherForcingView
 from dmdtrain.models.roles import RoleName, Roles
 from dmdtrain.rollout import BlockLayout, Denoiser, ExitRecord, draw_exit_steps, draw_noise, replay_backward, rollout
+from dmdtrain.train.log import Phases
 
 Stats = dict[str, torch.Tensor]
 
@@ -214,9 +215,9 @@ class Distiller:
         uncond: torch.Tensor,
     ):
         self.roles, self.config, self.timesteps = roles, config, timesteps
-        self.latent_shape, self.uncond = latent_shape, uncond
+        self.latent_shape, self.uncond, self.device = latent_shape, uncond, uncond.device
         self.layouts = training_layouts(config.rollout)
-        self.device = uncond.device
+        self.phases = Phases(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.mixed_precision == "bf16")
@@ -287,8 +288,9 @@ class Distiller:
         """
         settings = self.config.dmd
         student = self._student(context)
-        x0, records = self._roll_out(student, draws)
-        with torch.no_grad():
+        with self.phases("rollout"):
+            x0, records = self._roll_out(student, draws)
+        with torch.no_grad(), self.phases("scores"):
             noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
             score_args = (noisy, draws.score_timestep, context)
             x0_real = self._score("teacher", *score_args, settings.real_score_guidance_scale)
@@ -303,16 +305,19 @@ class Distiller:
             "x0_mean": x0.mean(),
             "x0_std": x0.std(),
         }
-        replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
+        with self.phases("replay"):
+            replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
         return stats
 
     def critic_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
         """Accumulates the fake score's gradient over one micro-batch; arguments as in `student_backward`."""
-        x0, _ = self._roll_out(self._student(context), draws)
-        noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
-        seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
-        with self.autocast():
-            flow = self.roles.flow("fake_score", noisy, draws.score_timestep, seen)
-        loss = dmd.critic_loss(flow.float(), x0, draws.score_noise).mean()
-        (loss * weight).backward()
+        with self.phases("rollout"):
+            x0, _ = self._roll_out(self._student(context), draws)
+        with self.phases("critic"):
+            noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
+            seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
+            with self.autocast():
+                flow = self.roles.flow("fake_score", noisy, draws.score_timestep, seen)
+            loss = dmd.critic_loss(flow.float(), x0, draws.score_noise).mean()
+            (loss * weight).backward()
         return {"critic_loss": loss.detach()}

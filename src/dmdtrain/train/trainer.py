@@ -174,6 +174,7 @@ class Trainer:
         numbers = {key: float(value) for key, value in values.items()}
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
+        numbers |= self.distiller.phases.take()
         return numbers | {"memory_gib": peak_memory_gib(self.device)}
 
     # ------------------------------------------------------------------------------------------------ checkpoints

@@ -1,0 +1,181 @@
+"""Replay backward against one graph over the whole video: bytes saved for backward and time, over the number of blocks.
+
+    python benchmarks/replay.py --out benchmarks/replay.json
+
+Both give the same gradient (tests/test_self_forcing.py, float64). Measured on wan-tiny's own transformer as a causal LoRA
+student, side by side in one run: each repetition times one after the other, the ratio is the median's. Saved bytes are the
+peak of distinct storages that autograd holds (activations and copies of context K/V), parameters and the cache apart; on a
+GPU the peak of allocated bytes above what was there before is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from dmdtrain.flow import add_noise, sigma_from_timestep
+from dmdtrain.models.causal import KVCache
+from dmdtrain.models.roles import AdapterSpec, Roles
+from dmdtrain.models.wan import find_folder, load_transformer
+from dmdtrain.rollout import BlockLayout, Denoiser, draw_noise, predict_x0, replay_backward, rollout
+from dmdtrain.train.step import student_denoiser
+
+STEPS = [1000.0, 757.0, 522.0]
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+class SavedBytes:
+    """Peak bytes of distinct storages that autograd holds inside the context, those of `ignored` apart."""
+
+    def __init__(self, ignored: list[torch.Tensor]):
+        self.ignored = {t.untyped_storage().data_ptr() for t in ignored}
+        self.held: dict[int, int] = {}  # storage -> holders
+        self.now = self.peak = 0
+
+    def _release(self, pointer: int, size: int) -> None:
+        self.held[pointer] -= 1
+        if not self.held[pointer]:
+            del self.held[pointer]
+            self.now -= size
+
+    def _pack(self, tensor: torch.Tensor):
+        storage = tensor.untyped_storage()
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        if pointer in self.ignored:
+            return tensor
+        if pointer not in self.held:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self.held[pointer] = self.held.get(pointer, 0) + 1
+
+        class Holder:
+            pass
+
+        holder = Holder()
+        holder.tensor = tensor
+        weakref.finalize(holder, self._release, pointer, size)
+        return holder
+
+    def __enter__(self) -> SavedBytes:
+        unpack = lambda held: held if isinstance(held, torch.Tensor) else held.tensor  # noqa: E731
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+
+def one_graph(
+    student: Denoiser, noise: torch.Tensor, layout: BlockLayout, exits: list[int], grad: torch.Tensor
+) -> None:
+    """The same gradient with every block's exit step kept in one graph until a single backward."""
+    blocks = []
+    for frames, exit_step in zip(layout.slices, exits, strict=True):
+        latents = noise[0, :, :, frames]
+        with torch.no_grad():
+            for step in range(exit_step):
+                x0 = predict_x0(student, latents, STEPS[step], frames)
+                sigma = x0.new_full((len(x0),), sigma_from_timestep(STEPS[step + 1]))
+                latents = add_noise(x0, noise[step + 1, :, :, frames], sigma)
+        x0 = predict_x0(student, latents, STEPS[exit_step], frames)
+        blocks.append(x0)
+        with torch.no_grad():
+            student(x0.detach(), x0.new_zeros(len(x0)), frames=frames, write_cache=True)
+    torch.cat(blocks, 2).backward(grad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[3, 7, 14, 28])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/replay.json"))
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = find_folder("wan-tiny", "model.base")
+    rows = []
+    for checkpointing in (True, False):
+        for local in (None, 9):
+            torch.manual_seed(0)
+            spec = AdapterSpec(32, 32, TARGETS)
+            roles = Roles(
+                load_transformer(base, "fp32").to(device),
+                trained={"student": spec},
+                causal=True,
+                gradient_checkpointing=checkpointing,
+                init_lora_weights=False,
+            )
+            parameters = list(roles.roles["student"].module.parameters())
+            for blocks in args.blocks:
+                rows.append(measure(roles, parameters, blocks, local, checkpointing, args, device))
+                print(json.dumps(rows[-1]), flush=True)
+    record = {
+        "batch": args.batch,
+        "repeats": args.repeats,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {args.out}")
+
+
+def measure(roles, parameters, blocks, local, checkpointing, args, device) -> dict:
+    layout = BlockLayout((3,) * blocks)
+    generator = torch.Generator().manual_seed(blocks)
+    noise = draw_noise(3, (args.batch, 16, layout.num_frames, 4, 4), generator).to(device)
+    context = torch.randn(args.batch, 16, 64, generator=generator).to(device)
+    grad = torch.randn(noise.shape[1:], generator=generator).to(device)
+    exits = [i % 3 for i in range(blocks)]
+
+    def student() -> Denoiser:
+        return student_denoiser(roles, context, KVCache(local), nullcontext)
+
+    def replayed() -> None:
+        denoise = student()
+        replay_backward(denoise, rollout(denoise, noise, STEPS, layout, exits).records, grad)
+
+    ways = {"replay": replayed, "one_graph": lambda: one_graph(student(), noise, layout, exits, grad)}
+    found: dict[str, dict] = {}
+    for name, way in ways.items():
+        with SavedBytes(parameters) as saved:
+            way()
+        found[name] = {"saved_mib": round(saved.peak / 2**20, 3), "seconds": []}
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            way()
+            found[name]["allocated_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found[name]["seconds"].append(time.perf_counter() - started)
+    for value in found.values():
+        value["seconds"] = round(statistics.median(value["seconds"]), 4)
+    row = {
+        "blocks": blocks,
+        "latent_frames": layout.num_frames,
+        "window": local,
+        "checkpointing": checkpointing,
+    } | found
+    row["time_ratio"] = round(found["replay"]["seconds"] / found["one_graph"]["seconds"], 3)
+    return row
+
+
+if __name__ == "__main__":
+    main()
