@@ -20,6 +20,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
+Precision = Literal["fp32", "bf16", "int8", "int8-llm", "nf4"]
+
 VAE_TEMPORAL_FACTOR = 4  # of every Wan 2.1 codec; checked against the model's own config when it is loaded
 
 
@@ -124,9 +126,15 @@ class Model(Group):
     """Diffusers folder, hub id (org/name), or `wan-tiny`, the built-in miniature."""
     teacher: str | None = None
     """Another teacher than the base (same latents and text encoder). None: the base itself."""
-    precision: Literal["fp32", "bf16", "int8"] = "bf16"
-    """Of frozen transformer weights (base and teacher). int8: the blocks' linear layers, weight-only, a scale per row."""
-    text_encoder_precision: Literal["fp32", "bf16", "int8"] = "bf16"
+    precision: Precision = "bf16"
+    """Of the frozen base. int8: its blocks' linear layers, weight-only, a scale per row; int8-llm: bitsandbytes' LLM.int8, with
+    int8 activations; nf4: bitsandbytes' 4 bits. Embedders, norms, modulation and head keep bf16 or float32."""
+    teacher_precision: Precision | None = None
+    """Of a teacher of its own. None: as the base."""
+    quantize_via: Literal["cpu", "device"] = "cpu"
+    """Where layers are quantized, one by one as they are read: device is faster, and both give the same weights but for
+    rounding."""
+    text_encoder_precision: Precision = "bf16"
     """Of the text encoder, which runs once per prompt and is then freed."""
     attention: str = "native"
     """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ..."""
@@ -449,15 +457,19 @@ class Config(Group):
                 f"({self.train.max_steps}): the student would never be updated"
             )
         for name in ("student", "fake_score"):
-            if self.model.precision == "int8" and getattr(self, name).kind == "full":
+            if self.model.precision not in ("fp32", "bf16") and getattr(self, name).kind == "full":
                 raise ValueError(
-                    f"{name}.kind: full can not be trained on model.precision int8; valid is lora, or bf16"
+                    f"{name}.kind: full can not be trained on model.precision {self.model.precision}; valid is lora, or bf16"
                 )
         if self.warmup.kind != "none" and not self.rollout.causal:
             raise ValueError(
                 f"warmup.kind: {self.warmup.kind} is for causal students (rollout.causal: true); valid without is none"
             )
         check_blocks(self.rollout, self.validation.num_frames, "validation.num_frames")
+        if self.model.teacher is None and self.model.teacher_precision is not None:
+            raise ValueError(
+                f"model.teacher_precision: {self.model.teacher_precision} needs model.teacher: the teacher is the base"
+            )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr: {self.schedule.min_lr} is above optimizer.lr ({self.optimizer.lr})")
         if not self.ema.enabled and self.ema.validate_with != "raw":

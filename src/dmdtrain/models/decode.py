@@ -1,4 +1,4 @@
-"""Video decoding, as `WanPipeline` does it, also block by block."""
+"""Between videos and normalised latents, as `WanPipeline` does it; decoding also block by block."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+
+def _statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the codec's raw latents, [1, C, 1, 1, 1]."""
+    mean, std = (torch.tensor(getattr(vae.config, name), device=device) for name in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
 class StreamDecoder:
@@ -19,9 +25,8 @@ class StreamDecoder:
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents [B, C, t, H, W] -> [B, 3, 4 t, H', W'] (the first block: 1 + 4 (t - 1)) in [-1, 1], float32."""
-        vae, shape = self.vae, (1, -1, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
-        std = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
+        vae = self.vae
+        mean, std = _statistics(vae, latents.device)
         hidden = vae.post_quant_conv(latents.float() * std + mean)
         frames = []
         for frame in hidden.split(1, dim=2):
@@ -41,3 +46,10 @@ class StreamDecoder:
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Videos of normalised latents: [B, C, T, H, W] -> [B, 3, 1 + 4 (T - 1), H', W'] in [-1, 1], float32."""
     return StreamDecoder(vae)(latents)
+
+
+@torch.no_grad()
+def encode_videos(vae: Any, videos: torch.Tensor) -> torch.Tensor:
+    """Normalised latents of videos, the mode of the codec's posterior: [B, 3, 1 + 4k, H, W] in [-1, 1] -> [B, C, 1 + k, ...]."""
+    mean, std = _statistics(vae, videos.device)
+    return (vae.encode(videos.float()).latent_dist.mode() - mean) / std

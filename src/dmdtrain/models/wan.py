@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 WAN_TINY = "wan-tiny"
 PARTS = {
@@ -146,19 +150,21 @@ def _download(name: str, patterns: list[str], key: str) -> Path:
         raise ConfigError(f"{key}: {name}: no such folder here, and the hub did not give it: {reason}") from None
 
 
-def load_transformer(folder: WanFolder, precision: str, attention: str = "native") -> Any:
+def load_transformer(
+    folder: WanFolder, precision: str, attention: str = "native", quantize_on: torch.device | None = None
+) -> Any:
     """A frozen `WanTransformer3DModel`.
 
-    precision: fp32, bf16, or int8, which makes the blocks' linear layers int8 over bf16. Time embedder, norms and
-    modulation stay in float32 whatever it is.
+    precision: fp32, bf16, or a kind of `models.quantize`, for the blocks' linear layers over bf16. Time embedder, norms and
+    modulation stay in float32 whatever it is. quantize_on: where layers are quantized as they are read; None: the CPU.
     """
     from diffusers import WanTransformer3DModel
 
-    model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=_dtype(precision))
-    if precision == "int8":
-        from dmdtrain.models.quantize import quantize_linears
-
-        quantize_linears(model.blocks)
+    if precision in ("fp32", "bf16"):
+        model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=_dtype(precision))
+    else:
+        build = lambda: WanTransformer3DModel.from_config(folder.transformer)  # noqa: E731
+        model = _loaded_quantized(build, folder, "transformer", precision, "blocks", quantize_on)
     if attention != "native":  # what it is already
         try:
             model.set_attention_backend(attention)
@@ -183,15 +189,15 @@ def load_vae(folder: WanFolder) -> Any:
 
 def load_text_encoder(folder: WanFolder, precision: str) -> tuple[Any, Any]:
     """(tokenizer, frozen UMT5 encoder); precision as in `load_transformer`."""
-    from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
-    if precision == "int8":
-        from dmdtrain.models.quantize import quantize_linears
-
-        quantize_linears(encoder)
+    if precision in ("fp32", "bf16"):
+        encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
+    else:
+        build = lambda: UMT5EncoderModel(AutoConfig.from_pretrained(folder.path / "text_encoder"))  # noqa: E731
+        encoder = _loaded_quantized(build, folder, "text_encoder", precision, "", None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -231,3 +237,33 @@ def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
     if missing:
         raise ConfigError(f"{folder.name}: {part} lacks weights: {missing[0]} ({len(missing)} in all)")
     return model
+
+
+def _loaded_quantized(
+    build: Callable[[], Any], folder: WanFolder, part: str, kind: str, inside: str, device: torch.device | None
+) -> Any:
+    import torch
+
+    from dmdtrain.models.quantize import load_quantized
+
+    path = part_folder(folder, part)
+    try:
+        return load_quantized(build, _weight_files(path), kind, inside, torch.bfloat16, device or torch.device("cpu"))
+    except KeyError as error:
+        raise ConfigError(f"{folder.name}: {part} lacks weights: {error.args[0]}") from None
+    except ValueError as error:
+        raise ConfigError(f"{folder.name}: {part} can not be loaded: {error}") from None
+    except Exception as error:  # safetensors' own error has no public base class
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ConfigError(f"{folder.name}: {part} holds broken weights: {error}") from None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files of a part's weights: those that its index names, or the one without a variant in its name."""
+    index = sorted(path.glob("*.safetensors.index.json"))
+    if index:
+        names = json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()
+        return [path / name for name in dict.fromkeys(names)]
+    found = sorted(path.glob("*.safetensors"))
+    return [file for file in found if file.name.count(".") == 1] or found

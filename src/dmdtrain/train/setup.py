@@ -144,11 +144,13 @@ def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocas
 def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
     """Loads the models and builds the roles, those in `trained` beside the teacher."""
     config = run.config
-    precision = config.model.precision
-    base = load_transformer(run.base, precision, config.model.attention).to(device)
+    model = config.model
+    quantize_on = device if model.quantize_via == "device" else None
+    base = load_transformer(run.base, model.precision, model.attention, quantize_on).to(device)
     teacher = None
-    if run.teacher.path != run.base.path:
-        teacher = load_transformer(run.teacher, precision, config.model.attention).to(device)
+    teacher_precision = model.teacher_precision or model.precision
+    if run.teacher.path != run.base.path or teacher_precision != model.precision:
+        teacher = load_transformer(run.teacher, teacher_precision, model.attention, quantize_on).to(device)
     weights = trained_dtype(config.optimizer.name)
     targets = tuple(config.student.targets)
     specs: dict[str, AdapterSpec | None] = {"student": None, "fake_score": None}

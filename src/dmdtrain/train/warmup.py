@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from time import perf_counter
@@ -10,13 +11,16 @@ import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import ConfigError
-from dmdtrain.data.latents import LatentFolder, read_latents
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
+from dmdtrain.data.latents import INFO, LatentFolder, read_latents
 from dmdtrain.data.prompts import EpochSampler
+from dmdtrain.data.videos import list_clips, read_clip
+from dmdtrain.models.decode import encode_videos
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
 from dmdtrain.train.checkpoint import WARMUP
+from dmdtrain.train.log import Live
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.render import Renderer
@@ -29,9 +33,19 @@ def check_data(run: Run) -> None:
     settings = run.config.warmup
     if settings.kind == "none" or settings.data is None:
         return
-    folder = LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
-    if folder.facts["what"] == "videos":
-        raise ConfigError(f"warmup.data: {folder.path} holds videos; valid are --what trajectories or latents")
+    path = Path(settings.data).expanduser()
+    if not (path / INFO).exists() or LatentFolder.open(path, "warmup.data").facts["what"] == "videos":
+        if not path.is_dir():
+            raise ConfigError(f"warmup.data: {path}: no such folder")
+        if settings.kind == "ode_regression":
+            raise ConfigError(
+                f"warmup.data: {path} holds no trajectories, which ode_regression needs; make them with dmdtrain "
+                "synthesize, or set warmup.kind to teacher_forcing"
+            )
+        if not list_clips(path):
+            raise ConfigError(f"warmup.data: {path} holds neither synthesized latents nor clips with .txt captions")
+        return
+    folder = LatentFolder.open(path, "warmup.data")
     wanted, found = synthesize.warmup_shape(run), folder.facts["latent_shape"]
     if (found[0], *found[2:]) != (wanted[0], *wanted[2:]) or found[1] < wanted[1]:
         raise ConfigError(
@@ -41,6 +55,26 @@ def check_data(run: Run) -> None:
         _state_indices(folder, run.timesteps)
     if not folder.files():
         raise ConfigError(f"warmup.data: {folder.path} holds no samples; run dmdtrain synthesize to its end")
+
+
+def encode_clips(path: Path, folder: LatentFolder, renderer: Renderer, console: Console) -> None:
+    """Adds what is missing of the latents of a folder's captioned clips; unusable ones are told and skipped."""
+    _, num_frames, height, width = folder.facts["latent_shape"]
+    factor = renderer.run.base.spatial_factor
+    size = (1 + VAE_TEMPORAL_FACTOR * (num_frames - 1), height * factor, width * factor)
+    clips = list_clips(path)
+    missing = folder.missing(len(clips))
+    with renderer.codec() as vae, Live(len(clips), len(clips) - len(missing), console, unit="clip") as live:
+        for index in missing:
+            try:
+                caption, video = read_clip(clips[index], *size)
+            except ValueError as error:
+                console.print(f"skipped {clips[index]}: {error}", soft_wrap=True)
+            else:
+                folder.write(index, caption, encode_videos(vae, video[None].to(renderer.text.device))[0])
+            live.step(index + 1, "")
+    if not folder.files():
+        raise ConfigError(f"warmup.data: no clip of {path} can be used; they need {size[0]} frames and a caption")
 
 
 def _state_indices(folder: LatentFolder, timesteps: list[float]) -> list[int]:
@@ -78,13 +112,25 @@ class Warmup:
     def prepare(self) -> None:
         """Opens the data, or has the teacher make them."""
         settings, run = self.config.warmup, self.run
-        if settings.data is not None:
-            folder = LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
+        path = None if settings.data is None else Path(settings.data).expanduser()
+        own = run.output_dir / "cache" / WARMUP
+        if (
+            path is not None
+            and (path / INFO).exists()
+            and LatentFolder.open(path, "warmup.data").facts["what"] != "videos"
+        ):
+            folder = LatentFolder.open(path, "warmup.data")
+        elif path is not None:
+            shape = list(synthesize.warmup_shape(run))
+            listed = hashlib.sha256("\n".join(str(clip) for clip in list_clips(path)).encode()).hexdigest()
+            facts = {"what": "clips", "from": str(path), "clips_sha256": listed, "base": run.base.name}
+            folder = LatentFolder.create(own, facts | {"latent_shape": shape, "timesteps": None}, "warmup.data")
+            encode_clips(path, folder, self.renderer, self.console)
         else:
             what = "trajectories" if settings.kind == "ode_regression" else "latents"
             seed = self.config.train.seed
             facts, sigmas = synthesize.plan_of(run, what, settings.teacher_steps, seed)
-            folder = LatentFolder.create(run.output_dir / "cache" / WARMUP, facts, "warmup")
+            folder = LatentFolder.create(own, facts, "warmup")
             missing = len(folder.missing(settings.num_samples))
             if missing:
                 self.console.print(f"warm-up: the teacher makes {missing} videos in {folder.path}", soft_wrap=True)
