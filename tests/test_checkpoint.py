@@ -658,5 +658,11 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["student"]["rank"] == 4
     sampling = read_json(folder, "sampling.json")
     assert sampling["timesteps"] == [1000.0, 757.0, 522.0] and sampling["sigmas"] == [1.0, 0.757, 0.522]
-    assert read_json(folder, "state.json") == {"step": 4, "student_updates": 2, "bad_steps": 0, "bad_in_a_row": 0}
+    assert read_json(folder, "state.json") == {
+        "stage": "dmd",
+        "step": 4,
+        "student_updates": 2,
+        "bad_steps": 0,
+        "bad_in_a_row": 0,
+    }
     assert set(check_checkpoint(folder)["sha256"]) == files - {"manifest.json"}

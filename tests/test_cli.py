@@ -390,7 +390,12 @@ def test_a_teacher_that_does_not_fit(refused_fit, broken_folder, changes, says):
 def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder):
     folder = broken_folder(edit_json("transformer/config.json", patch_size=[2, 2, 2]))
     refused_fit(
-        {"model.base": str(folder), "rollout.causal": True, "rollout.num_training_frames": 6},
+        {
+            "model.base": str(folder),
+            "rollout.causal": True,
+            "rollout.num_training_frames": 6,
+            "validation.num_frames": 9,
+        },
         says=[f"rollout.causal: true: {folder} has patches of several frames; valid is false"],
     )
 

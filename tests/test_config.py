@@ -45,6 +45,8 @@ CHANGED = {
     "model.base": "some/where",
     "model.teacher": "org/teacher",
     "model.precision": "fp32",
+    "model.teacher_precision": "nf4",
+    "model.quantize_via": "device",
     "model.text_encoder_precision": "fp32",
     "model.attention": "flash",
     "model.flow_shift": 8.0,
@@ -73,6 +75,8 @@ CHANGED = {
     "dmd.min_score_timestep": 20,
     "rollout.causal": True,
     "rollout.num_training_frames": 9,
+    "rollout.min_training_frames": 5,
+    "rollout.num_gradient_frames": 4,
     "rollout.num_frame_per_block": 4,
     "rollout.independent_first_frame": True,
     "rollout.same_step_across_blocks": True,
@@ -80,6 +84,14 @@ CHANGED = {
     "rollout.context_noise": 15.5,
     "rollout.local_attention_frames": 8,
     "rollout.sink_frames": 2,
+    "warmup.kind": "teacher_forcing",
+    "warmup.steps": 300,
+    "warmup.lr": 2e-4,
+    "warmup.lr_warmup_steps": 10,
+    "warmup.data": "latents",
+    "warmup.num_samples": 64,
+    "warmup.teacher_steps": 20,
+    "warmup.timestep_shift": 8.0,
     "data.prompts": "prompts.txt",
     "data.negative_prompt": "色调艳丽: no, 16:9 # 'x'\nsecond line",
     "data.caption_dropout": 0.1,
@@ -112,7 +124,7 @@ CHANGED = {
     "validation.every": 0,
     "validation.prompts": ["a cat", "no", "1e5"],
     "validation.count": 2,
-    "validation.num_frames": 121,
+    "validation.num_frames": 113,
     "validation.resolution": "480x832",
     "validation.steps": [1000.0, 500.0],
     "validation.guidance_scale": 3.0,
@@ -129,6 +141,9 @@ NEEDS: dict[str, dict] = {
     "ema.enabled": {"ema.validate_with": "raw"},
     "rollout.causal": {"rollout.num_training_frames": 9},
     "rollout.sink_frames": {"rollout.local_attention_frames": 8},
+    "rollout.num_gradient_frames": {"rollout.causal": True, "rollout.num_frame_per_block": 1},
+    "warmup.kind": {"rollout.causal": True},
+    "model.teacher_precision": {"model.teacher": "org/teacher"},
 }
 
 # What may change when a run goes on, spelled out key by key.
@@ -325,7 +340,7 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         # names
         ("student.kind", "dora", "'dora': valid are lora or full"),
         ("fake_score.kind", "none", "'none': valid are lora or full"),
-        ("model.precision", "fp16", "'fp16': valid are fp32, bf16 or int8"),
+        ("model.precision", "fp16", "'fp16': valid are fp32, bf16, int8, int8-llm or nf4"),
         ("train.mixed_precision", "fp16", "'fp16': valid are no or bf16"),
         ("optimizer.name", "sgd", "'sgd': valid are adamw, adamw_bf16 or adamw8bit"),
         ("optimizer.grad_clip_method", "l1", "'l1': valid are norm or value"),
@@ -414,11 +429,46 @@ def test_causal_frames_must_fill_their_blocks(refusal, load_text):
         "rollout.num_training_frames: 31 latent frames; it must be a multiple of num_frame_per_block (3), "
         "the nearest are 30 and 33"
     )
-    first = "rollout: {causal: true, independent_first_frame: true, num_training_frames: %d}"
+    first = (
+        "validation: {num_frames: 121}\nrollout: {causal: true, independent_first_frame: true, num_training_frames: %d}"
+    )
     assert load_text(first % 31).rollout.num_training_frames == 31
     for frames in (21, 1):
         assert "it must be 1 + a multiple of num_frame_per_block (3)" in refusal(first % frames)
     assert load_text("rollout: {num_training_frames: 31}").rollout.num_training_frames == 31  # one block: any number
+
+
+def test_the_lengths_of_a_rollout(refusal, load_text):
+    causal = "rollout: {causal: true, num_training_frames: 21, "
+    rollout = load_text(causal + "min_training_frames: 9, num_gradient_frames: 6}").rollout
+    assert (rollout.min_training_frames, rollout.num_gradient_frames, rollout.scored_frames) == (9, 6, 6)
+    assert load_text(causal + "num_gradient_frames: 22}").rollout.scored_frames == 21
+    assert "min_training_frames: 10 latent frames; it must be a multiple" in refusal(
+        causal + "min_training_frames: 10}"
+    )
+    assert refusal(causal + "min_training_frames: 24}").endswith("24 is above num_training_frames (21)")
+    assert "num_gradient_frames: 7 latent frames" in refusal(causal + "num_gradient_frames: 7}")
+    assert refusal("rollout: {num_gradient_frames: 6}").endswith("needs causal: true; valid without it is null")
+
+
+def test_validation_in_whole_blocks(refusal, load_text):
+    """121 video frames are 31 latent ones: the quickstart's own mistake."""
+    message = refusal("rollout: {causal: true}\nvalidation: {num_frames: 121}")
+    assert message.startswith("validation.num_frames: 121 frames are 31 latent frames") and "117 and 129" in message
+    first = "rollout: {causal: true, num_training_frames: 22, independent_first_frame: true}\n"
+    assert load_text(first + "validation: {num_frames: 121}").validation.num_frames == 121
+    assert "1 + a multiple" in refusal(first + "validation: {num_frames: 81}")
+    assert load_text("validation: {num_frames: 121}").validation.num_frames == 121  # one block: any number
+
+
+def test_a_warm_up_is_for_causal_students(refusal):
+    message = refusal("warmup: {kind: ode_regression}")
+    assert message.startswith("warmup.kind: ode_regression is for causal students")
+
+
+def test_a_teacher_precision_needs_a_teacher(refusal, load_text):
+    assert "needs model.teacher" in refusal("model: {teacher_precision: nf4}")
+    assert load_text("model: {teacher: wan-tiny, teacher_precision: nf4}").model.teacher_precision == "nf4"
 
 
 def test_windows_must_hold_a_block_and_the_sinks(refusal, load_text):

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from dmdtrain.config import ConfigError
 from dmdtrain.miniature import clips
-from dmdtrain.models.encode import TextCache, decode_latents
+from dmdtrain.models.decode import decode_latents
+from dmdtrain.models.encode import TextCache
 from dmdtrain.models.wan import WanFolder, find_folder, load_scheduler, load_vae
 from dmdtrain.train.validation import contact_sheet, gif_bytes, score, to_frames, write_mp4, write_samples
 

@@ -19,7 +19,7 @@ from dmdtrain.config import ConfigError, build
 from dmdtrain.export import comfyui_name, lora_tensors, stock_scheduler, write_lora
 from dmdtrain.flow import shift_timestep
 from dmdtrain.train import setup
-from dmdtrain.train.validation import Renderer
+from dmdtrain.train.render import Renderer
 
 PROMPT, SEED = "a blue cat sleeps on grass", 11
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
@@ -55,7 +55,7 @@ def train(settings, tmp_path):
         changed["rollout"] = {"num_training_frames": 3, "causal": causal}
         changed["optimizer"] = {"lr": 0.3, "weight_decay": 0.0}
         changed["train"] = settings["train"] | {"max_steps": 2}
-        changed["validation"] = settings["validation"] | {"every": 0}
+        changed["validation"] = settings["validation"] | {"every": 0} | ({"num_frames": 9} if causal else {})
         changed["log"] = {"tensorboard": False}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed))
         run_cli("fit", tmp_path / "run.yaml")
@@ -194,6 +194,7 @@ def test_a_causal_student_gets_no_scheduler(train, tmp_path):
 
 def test_a_windowed_student_says_how_it_is_sampled(settings):
     rollout = {"causal": True, "num_training_frames": 6, "local_attention_frames": 5, "sink_frames": 1}
+    settings["validation"]["num_frames"] = 9
     sampling = setup.resolve(build(settings | {"rollout": rollout})).sampling()
     assert (sampling.get("local_attention_frames"), sampling.get("sink_frames")) == (5, 1)
 

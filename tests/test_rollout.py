@@ -68,7 +68,7 @@ def lora(context) -> Student:
     )
 
     def flow(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return roles.flow("student", latents, per_token(timestep, latents), context)
+        return roles.flow("student", latents, timestep, context)
 
     return Student(flow, roles.named_parameters("student"))
 
@@ -186,13 +186,6 @@ def test_slices_tile_the_frames():
 def test_frames_that_do_not_divide_are_refused(arguments):
     with pytest.raises(ValueError, match=f"{arguments[0]} latent frames do not divide into blocks of 3"):
         BlockLayout.blocks(*arguments)
-
-
-def test_the_rest_can_be_a_short_last_block():
-    assert BlockLayout.blocks(31, 3, short_last=True).sizes == (*[3] * 10, 1)
-    assert BlockLayout.blocks(6, 4, True, short_last=True).sizes == (1, 4, 1)
-    assert BlockLayout.blocks(2, 3, short_last=True).sizes == (2,)
-    assert BlockLayout.blocks(6, 3, short_last=True).sizes == (3, 3)
 
 
 @pytest.mark.parametrize("sizes", [(), (3, 0, 3), (-1,)])
@@ -322,25 +315,28 @@ def test_the_model_is_given_the_resolved_timesteps(full, noise):
 
 
 def test_context_noise(full, noise):
-    context_noise = normal(*SHAPE, seed=92)
+    noisy = torch.cat([noise, normal(1, *SHAPE, seed=92)])
     recorder = Recorder(full.flow)
-    settings = dict(context_timestep=100.0, context_noise=context_noise)
-    result = rollout(recorder, noise, TIMESTEPS, BlockLayout((1, 3, 2)), (2, 0, 1), **settings)
+    result = rollout(recorder, noisy, TIMESTEPS, BlockLayout((1, 3, 2)), (2, 0, 1), context_timestep=100.0)
     assert len(recorder.writes) == 2
     for write in recorder.writes:
         assert write.timestep.tolist() == [100, 100]
-        expected = 0.9 * result.x0[:, :, write.frames] + 0.1 * context_noise[:, :, write.frames]
+        expected = 0.9 * result.x0[:, :, write.frames] + 0.1 * noisy[-1, :, :, write.frames]
         torch.testing.assert_close(write.latents, expected, rtol=0, atol=1e-12)
     with torch.no_grad():
+        settings = dict(context_timestep=100.0, context_noise=noisy[-1])
         wanted = by_hand(full.flow, noise, (1, 3, 2), (2, 0, 1), **settings)
         clean = by_hand(full.flow, noise, (1, 3, 2), (2, 0, 1))
     torch.testing.assert_close(result.x0, wanted, rtol=0, atol=1e-10)
     assert float((wanted - clean)[:, :, 1:].abs().max()) > 1e-3
 
 
-def test_noisy_context_needs_its_noise(full, noise):
-    with pytest.raises(AssertionError):
-        rollout(Recorder(full.flow), noise, TIMESTEPS, BlockLayout((3, 3)), (0, 0), context_timestep=100.0)
+def test_noisy_context_needs_its_noise_and_clean_context_none(full, noise):
+    layout = BlockLayout((3, 3))
+    with pytest.raises(ValueError, match="does not fit 4 draws"):
+        rollout(Recorder(full.flow), noise, TIMESTEPS, layout, (0, 0), context_timestep=100.0)
+    with pytest.raises(ValueError, match="does not fit 3 draws"):
+        rollout(Recorder(full.flow), torch.cat([noise, noise[:1]]), TIMESTEPS, layout, (0, 0))
 
 
 def test_records_hold_what_the_exit_steps_saw(full, noise):
@@ -389,7 +385,9 @@ def test_progress_is_told_of_every_step(full, noise):
 @pytest.mark.parametrize("sizes", [(6,), (1, 3, 2)])
 def test_sample_is_the_rollout_through_all_steps(full, noise, sizes):
     layout = BlockLayout(sizes)
-    sampled = sample(Recorder(full.flow), noise, TIMESTEPS, layout)
+    blocks = list(sample(Recorder(full.flow), lambda frames: noise[:, :, :, frames], TIMESTEPS, layout))
+    assert [block.shape[2] for block in blocks] == list(sizes)
+    sampled = torch.cat(blocks, 2)
     rolled = rollout(Recorder(full.flow), noise, TIMESTEPS, layout, [2] * len(sizes)).x0
     assert torch.equal(sampled, rolled) and not sampled.requires_grad
     with torch.no_grad():
@@ -399,7 +397,7 @@ def test_sample_is_the_rollout_through_all_steps(full, noise, sizes):
 @pytest.mark.parametrize(
     ("steps", "sizes", "exits", "message"),
     [
-        (2, (6,), [0], "does not fit 2 steps"),
+        (2, (6,), [0], "does not fit 2 draws"),
         (3, (5,), [0], "and 5 latent frames"),
         (3, (3, 2), [0, 0], "and 5 latent frames"),
         (3, (3, 3), [0], None),
@@ -503,3 +501,18 @@ def test_replay_goes_block_by_block_and_adds_to_what_is_there(full, noise):
     assert any(not torch.equal(a, b) for a, b in zip(accumulated[1], accumulated[2], strict=True))
     replay_backward(denoise, result.records, dmd_loss_gradient(gradient))
     assert largest_error(full.gradients(), {name: 2 * grad for name, grad in once.items()}) < 1e-9
+
+
+def test_a_gradient_of_the_last_frames_leaves_earlier_blocks_out(full, noise):
+    """As if it were zero before them; and nothing is run for those blocks."""
+    sizes, exits = (1, 3, 2), (1, 2, 0)
+    gradient = normal(*SHAPE, seed=97)
+    padded = gradient.clone()
+    padded[:, :, :4] = 0
+    wanted = gradients_by_replay(full, padded, noise, sizes, exits)
+    recorder = Recorder(full.flow)
+    result = rollout(recorder, noise, TIMESTEPS, BlockLayout(sizes), exits)
+    recorder.calls.clear()
+    replay_backward(recorder, result.records, dmd_loss_gradient(padded)[:, :, 4:])
+    assert [call.frames for call in recorder.calls] == [slice(4, 6)]
+    assert largest_error(full.gradients(), wanted) < 1e-9

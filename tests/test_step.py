@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from dmdtrain.config import build
 from dmdtrain.models.roles import AdapterSpec, Roles
-from dmdtrain.train.setup import block_layout
 from dmdtrain.train.step import Distiller, Draws
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -50,7 +49,8 @@ def make(
     checkpointing: bool = True,
     **options,
 ) -> Distiller:
-    config = build({"train": {"mixed_precision": "no"}} | (settings or {}))
+    settings = {"train": {"mixed_precision": "no"}} | (settings or {})
+    config = build(settings | {"rollout": {"num_training_frames": shape[1]} | settings.get("rollout", {})})
     if options:
         base = tiny_transformer()
         torch.manual_seed(101)
@@ -61,7 +61,7 @@ def make(
         for name in SPECS:
             for p in roles.parameters(name):
                 p.grad = None
-    return Distiller(roles, config, timesteps, block_layout(config, shape[1]), shape, uncond)
+    return Distiller(roles, config, timesteps, shape, uncond)
 
 
 def draw(distiller: Distiller, n: int = 6, seed: int = 3) -> Draws:

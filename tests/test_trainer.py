@@ -20,9 +20,10 @@ from dmdtrain.models.wan import find_folder
 from dmdtrain.train.checkpoint import list_checkpoints
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.log import MetricsLog
+from dmdtrain.train.loop import TrainingStopped
 from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate
 from dmdtrain.train.setup import resolve, student_weights
-from dmdtrain.train.trainer import Trainer, TrainingStopped, fit
+from dmdtrain.train.trainer import Trainer, fit
 
 ROLES = ("student", "fake_score")
 QUIET = {"validation.every": 0, "log.tensorboard": False}

@@ -13,11 +13,12 @@ from dmdtrain.cli import app
 from dmdtrain.config import build
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.miniature import clips, scorer
-from dmdtrain.models.encode import decode_latents
+from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
 from dmdtrain.train import setup
-from dmdtrain.train.validation import Renderer, score
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.validation import score
 
 SETTINGS = {
     "model": {"precision": "fp32", "text_encoder_precision": "fp32"},

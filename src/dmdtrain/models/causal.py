@@ -178,11 +178,15 @@ class OffsetRope(nn.Module):
         if isinstance(view, TeacherForcingView):
             cos, sin = self.rope(hidden_states[:, :, : hidden_states.shape[2] // 2])
             return torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)
-        # Only the shape is read: a view of one frame, expanded, stands for all frames up to the block's end.
-        whole = hidden_states[:1, :, :1].expand(-1, -1, view.frames.stop, -1, -1)
-        cos, sin = self.rope(whole)
-        tokens = cos.shape[1] // view.frames.stop * view.frames.start
-        return cos[:, tokens:], sin[:, tokens:]
+        # At frame 0, then the part that tells time is put in place: only the shape of what is given is read, and one token
+        # a frame stands for those before, so that memory does not grow with the video.
+        tables = self.rope(hidden_states)
+        _, height, width = self.rope.patch_size
+        columns = hidden_states[:1, :, :1, :height, :width].expand(-1, -1, view.frames.stop, -1, -1)
+        for table, times in zip(tables, self.rope(columns), strict=True):
+            rows = table.view(hidden_states.shape[2], -1, table.shape[-1])  # [t, tokens per frame, head dim]
+            rows[..., : self.rope.t_dim] = times[0, view.frames][..., : self.rope.t_dim]
+        return tables
 
 
 def install(transformer: Any) -> ViewHolder:
