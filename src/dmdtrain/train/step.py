@@ -10,8 +10,8 @@ import torch
 
 from dmdtrain import dmd
 from dmdtrain.config import Config, ConfigError, Rollout
-from dmdtrain.flow import add_noise, shift_timestep, sigma_from_timestep, x0_from_flow
-from dmdtrain.models.causal import CausalView, KVCache, TeacherForcingView
+from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
+from dmdtrain.models.causal import CausalView, KVCache
 from dmdtrain.models.roles import RoleName, Roles
 from dmdtrain.rollout import BlockLayout, Denoiser, ExitRecord, draw_exit_steps, draw_noise, replay_backward, rollout
 from dmdtrain.train.log import Phases
@@ -110,90 +110,6 @@ def check_score_ranges(config: Config, timesteps: list[float]) -> None:
                 f"dmd.min_score_timestep, ts_schedule, ts_schedule_max: {error} for the student's step at "
                 f"{timestep:g}; valid bounds leave at least one"
             ) from None
-
-
-@dataclass(frozen=True)
-class WarmupBatch:
-    """Videos on which a causal student learns to read clean context, with everything random in it drawn."""
-
-    context: torch.Tensor  # [n, L, D]
-    clean: torch.Tensor  # [n, C, T, H, W]: what the student shall make
-    seen: torch.Tensor  # the same, as the cache will hold it: clean, or noised to the context timestep
-    noisy: torch.Tensor  # the same size, each block at its own timestep
-    timestep: torch.Tensor  # [n, T], constant in a block
-    flow: torch.Tensor | None  # the size of clean; None: x0 is regressed instead
-
-    def rows(self, start: int, stop: int) -> WarmupBatch:
-        return WarmupBatch(*(None if v is None else v[start:stop] for v in vars(self).values()))
-
-    def to(self, device: torch.device) -> WarmupBatch:
-        return WarmupBatch(*(None if v is None else v.to(device) for v in vars(self).values()))
-
-
-def draw_warmup(
-    config: Config,
-    timesteps: list[float],
-    flow_shift: float,
-    context: torch.Tensor,
-    clean: torch.Tensor,
-    states: torch.Tensor | None,
-    generator: torch.Generator,
-) -> WarmupBatch:
-    """The randomness of a warm-up update.
-
-    teacher_forcing: flow matching at a shifted uniform timestep of each block's own (arXiv 2412.07772's diffusion forcing,
-    on clean context). ode_regression: each block from the teacher's state at a random denoising step to the end of the
-    trajectory (ibid., sec. 4.3, on clean context).
-
-    Args:
-        clean: [n, C, T, H, W]. states: [S, n, C, T, H, W], the teacher's at `timesteps`.
-    """
-    layout = block_layout(config.rollout, clean.shape[2])
-    sizes = torch.tensor(layout.sizes)
-    shape = (len(clean), len(sizes))
-    flow = None
-    if config.warmup.kind == "ode_regression":
-        assert states is not None
-        steps = torch.randint(len(timesteps), shape, generator=generator).repeat_interleave(sizes, 1)
-        timestep = torch.tensor(timesteps)[steps]
-        noisy = states.gather(0, steps[None, :, None, :, None, None].expand_as(clean[None]))[0]
-    else:
-        timestep = 1000 * torch.rand(shape, generator=generator).repeat_interleave(sizes, 1)
-        timestep = shift_timestep(timestep, config.warmup.timestep_shift or flow_shift)
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy, flow = add_noise(clean, noise, sigma_from_timestep(timestep)), noise - clean
-    seen, cached = clean, context_timestep(config.rollout)
-    if cached > 0:
-        noise = torch.randn(clean.shape, generator=generator)
-        seen = add_noise(clean, noise, clean.new_full((len(clean),), sigma_from_timestep(cached)))
-    return WarmupBatch(context, clean, seen, noisy, timestep, flow)
-
-
-def warmup_backward(
-    roles: Roles, settings: Rollout, batch: WarmupBatch, weight: float, autocast: Callable[[], AbstractContextManager]
-) -> Stats:
-    """Accumulates the student's gradient of one micro-batch; weight: its share of the update.
-
-    One pass over [context | noisy]: unlike in the rollout, gradient reaches what the context is read through.
-    """
-    blocks = tuple(block_layout(settings, batch.clean.shape[2]).slices)
-    view = TeacherForcingView(blocks, settings.local_attention_frames, settings.sink_frames)
-    cached = torch.full_like(batch.timestep, context_timestep(settings))
-    with autocast():
-        both = roles.flow(
-            "student",
-            torch.cat([batch.seen, batch.noisy], 2),
-            torch.cat([cached, batch.timestep], 1),
-            batch.context,
-            view,
-        )
-    flow = both[:, :, batch.clean.shape[2] :].float()
-    if batch.flow is not None:
-        loss = (flow - batch.flow).square().mean()
-    else:
-        loss = (x0_from_flow(batch.noisy, flow, sigma_from_timestep(batch.timestep)) - batch.clean).square().mean()
-    (loss * weight).backward()
-    return {"warmup_loss": loss.detach()}
 
 
 class Distiller:

@@ -25,7 +25,8 @@ from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_st
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, sampling_json
-from dmdtrain.train.step import Stats, draw_warmup, warmup_backward
+from dmdtrain.train.step import Stats
+from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
 
 def check_data(run: Run) -> None:
