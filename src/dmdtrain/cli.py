@@ -92,6 +92,27 @@ def fit(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    vram: Annotated[float | None, typer.Option(min=1, help="GiB of the GPU.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Its name, such as 4090, l40s, a100-80, h100: memory and speed.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in fit.")] = None,
+) -> None:
+    """Say what a run needs, from shapes alone: bytes by item, peak by phase, time, and whether it fits. Exit code 1: no."""
+    with _one_line_errors():
+        from dmdtrain.config import load
+
+        checked = load(config, list(set_ or []))
+
+        from dmdtrain.train.plan import plan as run_plan
+
+        if not run_plan(checked, vram, gpu, _console()):
+            raise typer.Exit(STOPPED)
+
+
+@app.command()
 def synthesize(
     config: Annotated[Path, typer.Argument(help="The run's YAML file: teacher, guidance, sizes, denoising steps.")],
     out: Annotated[Path, typer.Option(help="Folder; one that this command made before is gone on with.")],

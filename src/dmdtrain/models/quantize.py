@@ -83,6 +83,46 @@ def quantized_linear(weight: torch.Tensor, bias: nn.Parameter | None, kind: str)
     return layer
 
 
+class _EmptyNf4(nn.Module):
+    """The size and the memory behaviour of nf4, without values: for plans."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        count, blocks = linear.weight.numel(), -(-linear.weight.numel() // 64)
+        self.shape = linear.weight.shape
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(torch.empty(-(-count // 2), dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.register_buffer("absmax", torch.empty(blocks + 4 * -(-blocks // 256), dtype=torch.uint8, device="meta"))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _EmptyMatmul.apply(x, self.weight, self.shape)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _EmptyMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape = shape
+        return x @ torch.empty(shape, dtype=x.dtype, device=x.device).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad @ torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device), None, None
+
+
+def empty_quantized(linear: nn.Linear, kind: str) -> nn.Module:
+    """A layer as `quantized_linear` would make it, on the meta device: sizes without values."""
+    if kind == "nf4":
+        return _EmptyNf4(linear)
+    layer = Int8Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.int8, device="meta"), requires_grad=False)
+    layer.register_buffer("scale", torch.empty(linear.out_features, 1, device="meta"))
+    layer.bias = linear.bias
+    return layer
+
+
 def load_quantized(
     build: Callable[[], nn.Module],
     files: list[Path],

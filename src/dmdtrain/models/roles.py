@@ -132,7 +132,7 @@ class Roles:
                 with self.active(module, *state):
                     return block(*inputs)
 
-            return checkpoint(run, *args, use_reentrant=False)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # no dropout
 
         return checkpointed
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, latent_frames, parse_resolution
+from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.encode import TextCache
@@ -45,6 +45,12 @@ class Run:
         return self.config.model.flow_shift or self.teacher.flow_shift
 
     @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame of a training video."""
+        _, patch_height, patch_width = self.base.patch_size
+        return (self.latent_shape[2] // patch_height) * (self.latent_shape[3] // patch_width)
+
+    @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
@@ -67,11 +73,12 @@ class Run:
         }
 
 
-def resolve(config: Config, *, for_training: bool = True) -> Run:
+def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, str], WanFolder] = find_folder) -> Run:
     """Checks what the configuration alone can not: model folders, prompts, sizes that depend on the model.
 
     Args:
         for_training: False leaves the training prompts alone, which sampling a checkpoint does not need.
+        find: gives the model folder of a name, by its key.
 
     Raises:
         ConfigError: with the key, what it is and what would be valid.
@@ -79,8 +86,8 @@ def resolve(config: Config, *, for_training: bool = True) -> Run:
     backends = [backend.value for backend in AttentionBackendName]
     if config.model.attention not in backends:
         raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join(backends)}")
-    base = find_folder(config.model.base, "model.base")
-    teacher = base if config.model.teacher is None else find_folder(config.model.teacher, "model.teacher")
+    base = find(config.model.base, "model.base")
+    teacher = base if config.model.teacher is None else find(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
         if base.transformer.get(name) != teacher.transformer.get(name):
             raise ConfigError(
@@ -141,6 +148,16 @@ def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocas
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
 
 
+def adapter_specs(config: Config) -> dict[str, AdapterSpec | None]:
+    """What each trained role is: an adapter, or None where it is trained whole."""
+    targets = tuple(config.student.targets)
+
+    def spec(settings: Student | FakeScore) -> AdapterSpec | None:
+        return AdapterSpec(settings.rank, settings.alpha, targets) if settings.kind == "lora" else None
+
+    return {"student": spec(config.student), "fake_score": spec(config.fake_score)}
+
+
 def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
     """Loads the models and builds the roles, those in `trained` beside the teacher."""
     config = run.config
@@ -152,12 +169,7 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
     if run.teacher.path != run.base.path or teacher_precision != model.precision:
         teacher = load_transformer(run.teacher, teacher_precision, model.attention, quantize_on).to(device)
     weights = trained_dtype(config.optimizer.name)
-    targets = tuple(config.student.targets)
-    specs: dict[str, AdapterSpec | None] = {"student": None, "fake_score": None}
-    if config.student.kind == "lora":
-        specs["student"] = AdapterSpec(config.student.rank, config.student.alpha, targets)
-    if config.fake_score.kind == "lora":
-        specs["fake_score"] = AdapterSpec(config.fake_score.rank, config.fake_score.alpha, targets)
+    specs = adapter_specs(config)
     # Adapters draw their first values from the global generator: seed it here, and nowhere else.
     torch.manual_seed(config.train.seed)
     try:
@@ -171,7 +183,9 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
     except ValueError as error:  # PEFT: no layer matches
-        raise ConfigError(f"student.targets: {', '.join(targets)}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"student.targets: {', '.join(config.student.targets)}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def text_cache(run: Run, device: torch.device) -> TextCache:

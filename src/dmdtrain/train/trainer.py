@@ -18,9 +18,11 @@ from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import validation
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.ema import Ema
+from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
+from dmdtrain.train.plan import known_rate, memory_line
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
@@ -110,6 +112,9 @@ class Trainer:
         self.prompts = EpochSampler(run.prompts, self.config.train.seed)
         self.generator = torch.Generator().manual_seed(self.config.train.seed + 1)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
+        flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
+        self.flops = {name: sum(phases.values()) for name, phases in flops.items()}
+        self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -175,6 +180,10 @@ class Trainer:
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
         numbers |= self.distiller.phases.take()
+        done = self.flops["fake_score"] + (self.flops["student"] if student_seconds else 0.0)
+        numbers["model_tflops_per_second"] = done / (critic_seconds + student_seconds) / 1e12
+        if self.rate is not None:
+            numbers["model_flop_utilisation"] = numbers["model_tflops_per_second"] * 1e12 / self.rate
         return numbers | {"memory_gib": peak_memory_gib(self.device)}
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -271,6 +280,9 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     checkpoint = find_resume(config, resume)
     for line in describe(run):
         console.print(line, soft_wrap=True, highlight=False)
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        console.print(memory_line(run, total), soft_wrap=True, highlight=False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
