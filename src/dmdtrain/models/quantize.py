@@ -83,14 +83,13 @@ def quantized_linear(weight: torch.Tensor, bias: nn.Parameter | None, kind: str)
     return layer
 
 
-class _EmptyNf4(nn.Module):
+class _EmptyNf4(nn.Linear):
     """The size and the memory behaviour of nf4, without values: for plans."""
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         count, blocks = linear.weight.numel(), -(-linear.weight.numel() // 64)
         self.shape = linear.weight.shape
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(torch.empty(-(-count // 2), dtype=torch.uint8, device="meta"), requires_grad=False)
         self.register_buffer("absmax", torch.empty(blocks + 4 * -(-blocks // 256), dtype=torch.uint8, device="meta"))
         self.bias = linear.bias
