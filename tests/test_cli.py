@@ -153,8 +153,8 @@ def test_help_and_config_errors_need_no_torch(args):
 def test_help_names_every_command():
     result = run_cli("--help")
     assert result.exit_code == 0
-    for command in ("fit", "validate", "generate", "export-lora"):
-        assert command in result.stdout
+    for command in ("fit", "plan", "synthesize", "validate", "generate", "export-lora", "export-pipeline"):
+        assert f" {command} " in result.stdout
 
 
 def test_a_config_error_of_the_installed_command(tmp_path):
@@ -200,6 +200,20 @@ def test_dry_run_prints_everything_and_leaves_nothing(config_file, tmp_path):
         assert line in result.stdout
     assert not (tmp_path / "run").exists()
     assert torch.equal(torch.get_rng_state(), before)  # building a model draws its first weights
+
+
+def test_a_causal_student_is_described_with_its_warm_up_or_warned_without(config_file):
+    causal = {"rollout.causal": True, "rollout.num_training_frames": 6, "validation.num_frames": 9}
+    lengths = {"rollout.min_training_frames": 3, "rollout.num_gradient_frames": 3}
+    result = run_cli("fit", config_file(causal | lengths), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "6 latent frames in 2 blocks, drawn from 3, the last 3 of them scored and trained" in result.stdout
+    assert "a causal student that starts from a bidirectional base without a warm-up stays poor" in result.stdout
+    warmup = {"warmup.kind": "teacher_forcing", "warmup.steps": 7, "warmup.num_samples": 5, "warmup.teacher_steps": 4}
+    result = run_cli("fit", config_file(causal | warmup), "--dry-run")
+    assert "warm-up         teacher_forcing, 7 steps at lr 0.0001, on 5 videos of the teacher in 4" in result.stdout
+    assert "warning" not in result.stdout
+    assert "warning" not in run_cli("fit", config_file(), "--dry-run").stdout
 
 
 def test_options_are_overrides(config_file, tmp_path):
@@ -477,6 +491,7 @@ COMMANDS = {
     "validate": ["--out", "OUT"],
     "generate": ["a cat", "--out", "OUT/a.mp4"],
     "export-lora": ["--out", "OUT/a.safetensors"],
+    "export-pipeline": ["--out", "OUT/a"],
 }
 
 

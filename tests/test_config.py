@@ -346,6 +346,7 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("optimizer.grad_clip_method", "l1", "'l1': valid are norm or value"),
         ("schedule.name", "cosine", "'cosine': valid are constant, linear or cosine_with_min_lr"),
         ("ema.validate_with", "mean", "'mean': valid are ema, raw or both"),
+        ("warmup.kind", "ode", "'ode': valid are none, teacher_forcing or ode_regression"),
         # out of range
         ("train.max_steps", 0, "0: it must be at least 1"),
         ("train.batch_size", -1, "-1: it must be at least 1"),
@@ -360,6 +361,14 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("data.max_sequence_length", 7, "7: it must be at least 8"),
         ("rollout.context_noise", 1001, "1001: it must be at most 1000"),
         ("rollout.num_training_frames", 0, "0: it must be at least 1"),
+        ("rollout.min_training_frames", 0, "0: it must be at least 1"),
+        ("rollout.num_gradient_frames", 0, "0: it must be at least 1"),
+        ("warmup.steps", 0, "0: it must be at least 1"),
+        ("warmup.lr", 0, "0: it must be above 0"),
+        ("warmup.lr_warmup_steps", -1, "-1: it must be at least 0"),
+        ("warmup.num_samples", 0, "0: it must be at least 1"),
+        ("warmup.teacher_steps", 0, "0: it must be at least 1"),
+        ("warmup.timestep_shift", 0, "0: it must be above 0"),
         ("dmd.min_score_timestep", 1000, "1000: it must be below 1000"),
         ("dmd.timestep_shift", 0, "0: it must be above 0"),
         ("dmd.real_score_guidance_scale", -1, "-1: it must be at least 0"),
@@ -449,6 +458,8 @@ def test_the_lengths_of_a_rollout(refusal, load_text):
     assert refusal(causal + "min_training_frames: 24}").endswith("24 is above num_training_frames (21)")
     assert "num_gradient_frames: 7 latent frames" in refusal(causal + "num_gradient_frames: 7}")
     assert refusal("rollout: {num_gradient_frames: 6}").endswith("needs causal: true; valid without it is null")
+    assert load_text("rollout: {min_training_frames: 10}").rollout.min_training_frames == 10  # one block: any number
+    assert "min_training_frames: 22 is above" in refusal("rollout: {min_training_frames: 22}")
 
 
 def test_validation_in_whole_blocks(refusal, load_text):

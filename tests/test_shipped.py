@@ -89,11 +89,14 @@ def test_quickstart_values(name, values):
     assert config.validation.negative_prompt == config.data.negative_prompt
 
 
-def test_the_miniature_config_passes_every_check_before_a_model_is_loaded(tmp_path):
+@pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_causal"])
+def test_the_miniature_configs_pass_every_check_before_a_model_is_loaded(tmp_path, name):
     result = CliRunner().invoke(
-        app, ["fit", str(CONFIGS / "wan_tiny.yaml"), "--dry-run", "--output-dir", str(tmp_path / "run")]
+        app, ["fit", str(CONFIGS / f"{name}.yaml"), "--dry-run", "--output-dir", str(tmp_path / "run")]
     )
     assert result.exit_code == 0, result.output
+    assert ("warm-up         ode_regression" in result.output) == (name == "wan_tiny_causal")
+    assert "warning" not in result.output
     assert "1000, 757, 522" in result.output and "uncond + w (cond - uncond)" in result.output
     assert not (tmp_path / "run").exists()
 

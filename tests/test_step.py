@@ -270,7 +270,7 @@ def test_the_weight_scales_the_gradient_and_adds_to_what_is_there(name):
 def test_rows_of_draws():
     draws = draw(make({"data": {"caption_dropout": 0.5}}))
     part = draws.rows(1, 3)
-    assert part.exit_steps == draws.exit_steps
+    assert part.exit_steps == draws.exit_steps and part.layout == draws.layout
     assert part.noise.shape == (3, 2, *SHAPE)
     for name, axis in (("noise", 1), ("score_noise", 0), ("score_timestep", 0), ("uncaptioned", 0)):
         whole = getattr(draws, name)
@@ -462,6 +462,33 @@ def test_exit_steps():
     assert all(last.draw(1, generator).exit_steps == [2] for _ in range(50))
     one = make(timesteps=[1000.0], shape=POINT)
     assert one.draw(1, generator).exit_steps == [0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "layouts"),
+    [
+        # One block: any number of frames, and nothing to noise in a cache.
+        ({"min_training_frames": 2, "context_noise": 100}, {(2,), (3,), (4,), (5,)}),
+        ({"causal": True, "min_training_frames": 3}, {(1, 2), (1, 2, 2)}),
+        ({"causal": True, "min_training_frames": 3, "num_gradient_frames": 4}, {(1, 2), (1, 2, 2)}),
+        ({"causal": True, "num_gradient_frames": 2, "context_noise": 100}, {(1, 2, 2)}),
+    ],
+    ids=lambda p: ", ".join(p) if isinstance(p, dict) else "",
+)
+def test_lengths_are_drawn_in_whole_blocks(settings, layouts):
+    blocks = {"num_frame_per_block": 2, "independent_first_frame": True}
+    distiller = make({"rollout": blocks | settings, "validation": {"num_frames": 17}}, shape=(1, 5, 2, 2))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [distiller.draw(2, generator) for _ in range(200)]
+    sizes = [draws.layout.sizes for draws in drawn]
+    assert set(sizes) == layouts
+    assert min(sizes.count(each) for each in layouts) > 100 / len(layouts)
+    for draws in drawn:
+        frames = draws.layout.num_frames
+        scored = min(frames, settings.get("num_gradient_frames", frames))
+        assert draws.noise.shape == (3 + (settings.keys() >= {"causal", "context_noise"}), 2, 1, frames, 2, 2)
+        assert draws.score_noise.shape == (2, 1, scored, 2, 2)
+        assert len(draws.exit_steps) == len(draws.layout.sizes)
 
 
 def identical(a: Draws, b: Draws) -> bool:

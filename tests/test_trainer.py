@@ -27,6 +27,7 @@ from dmdtrain.train.trainer import Trainer, fit
 
 ROLES = ("student", "fake_score")
 QUIET = {"validation.every": 0, "log.tensorboard": False}
+MACHINE = ("seconds", "memory_gib", "model_tflops", "model_flop_utilisation")  # how what it decides is called
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +89,7 @@ def metrics(run: Path) -> list[dict]:
         raise AssertionError(f"{constant} in metrics.jsonl")
 
     lines = [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "memory_gib"} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MACHINE)} for line in lines]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -249,7 +250,7 @@ def test_accumulation_only_splits_the_batch(make):
     for batch in (4, 2, 1):
         trainer = make(**changes, **{"train.batch_size": batch, "train.gradient_accumulation": 4 // batch})
         lines.append(trainer.train_step())
-    keys = {k for k in lines[0] if not k.startswith(("seconds", "memory"))}
+    keys = {k for k in lines[0] if not k.startswith(MACHINE)}
     assert {"critic_loss", "dmd_loss", "student_grad_norm", "fake_score_grad_norm", "fake_real_gap"} <= keys
     for line in lines[1:]:
         assert all(line[key] == pytest.approx(lines[0][key], rel=1e-3) for key in keys - {"x0_mean", "x0_std"})

@@ -284,6 +284,12 @@ class Rollout(Group):
         """Latent frames that the scores see, of the longest rollout."""
         return min(self.num_training_frames, self.num_gradient_frames or self.num_training_frames)
 
+    @property
+    def warmup_frames(self) -> int:
+        """Latent frames of a warm-up video: as many of the scored ones as are whole blocks from the video's start."""
+        near = self.nearest_blocks(self.scored_frames) if self.causal else None
+        return self.scored_frames if near is None else min(near[0], self.num_training_frames)
+
 
 def check_blocks(rollout: Rollout, num_frames: int, key: str) -> None:
     """Raises ValueError unless a student's temporal blocks make up `num_frames` video frames."""

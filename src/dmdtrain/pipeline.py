@@ -120,13 +120,22 @@ class FewStepWanPipeline(WanPipeline):
             return torch.cat([draw_noise(draws, block, g) for g in generators], 1).to(device)
 
         decoder, parts = StreamDecoder(self.vae), []
+        offloaded = getattr(
+            self.vae, "_hf_hook", None
+        )  # what brings the codec to the device, of a pipeline with offloading
         with self.progress_bar(total=len(layout.sizes)) as progress:
-            for block in sample(denoise, noise, steps, layout, context_timestep=config.context_noise):
-                frames = block if output_type == "latent" else decoder(block.to(self.vae.device))
-                if on_block is not None:
-                    on_block(frames)
-                parts.append(frames.cpu())
-                progress.update()
+            try:
+                for block in sample(denoise, noise, steps, layout, context_timestep=config.context_noise):
+                    if offloaded is not None:
+                        offloaded.pre_forward(self.vae)
+                    frames = block if output_type == "latent" else decoder(block)
+                    if on_block is not None:
+                        on_block(frames)
+                    parts.append(frames.cpu())
+                    progress.update()
+            finally:
+                if self._holder is not None:
+                    self._holder.view = None  # and with it the cache
         video = torch.cat(parts, 2)
         if output_type != "latent":
             video = self.video_processor.postprocess_video(video, output_type=output_type)

@@ -129,6 +129,7 @@ def roll_out_blocks(
     slices = layout.slices
     for index, (frames, exit_step) in enumerate(zip(slices, exit_steps, strict=True)):
         drawn = noise(frames)
+        assert len(drawn) == len(timesteps) + (context_timestep > 0), "one noise a step, and one for a noisy context"
         latents = drawn[0]
         x0 = latents
         for step in range(exit_step + 1):
@@ -183,8 +184,13 @@ def replay_backward(denoise: Denoiser, records: Sequence[ExitRecord], grad_x0: t
 
     Args:
         grad_x0: [B, C, t, H, W], d loss / d x0 of the video's last t frames. Blocks before them get no gradient.
+
+    Raises:
+        ValueError: the last t frames are no whole blocks.
     """
     first = records[-1].frames.stop - grad_x0.shape[2]
+    if first not in [record.frames.start for record in records]:
+        raise ValueError(f"the gradient of the last {grad_x0.shape[2]} frames begins inside a block")
     for record in records:
         if record.frames.start >= first:
             x0 = predict_x0(denoise, record.noisy, record.timestep, record.frames)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,14 @@ class LatentFolder:
                 raise ConfigError(
                     f"{key}: {path} was made otherwise ({name}: {found.get(name)!r}, now {facts[name]!r}); choose another"
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(f.name != f".{INFO}.partial" for f in path.iterdir())):
             raise ConfigError(f"{key}: {path} exists and holds no latents; choose another")
         try:
-            (path / "samples").mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            _write(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            (path / "samples").mkdir(exist_ok=True)
             for leftover in (path / "samples").glob(".*.partial"):
                 leftover.unlink()
-            _write(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{key}: {path} can not be written: {error.strerror}") from None
         return cls(path, facts)
@@ -82,19 +85,32 @@ class LatentFolder:
         partial.rename(self.file(index))
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as handle:
+            yield handle
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is broken: {error}; delete it and run dmdtrain synthesize again") from None
+
+
+def read_captions(files: list[Path]) -> list[str]:
+    captions = []
+    for file in files:
+        with _opened(file) as handle:
+            captions.append(handle.metadata()["caption"])
+    return captions
+
+
 def read_latents(files: list[Path], num_frames: int) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
     """Captions, latents [B, C, T, H, W] and states [S, B, C, T, H, W] in float32, of the first `num_frames` frames."""
-    captions, latents, states = [], [], []
+    latents, states = [], []
     for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                captions.append(handle.metadata()["caption"])
-                latents.append(handle.get_slice("latents")[:, :num_frames].float())
-                if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
-                    states.append(handle.get_slice("states")[:, :, :num_frames].float())
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} is broken: {error}; delete it and run dmdtrain synthesize again") from None
-    return captions, torch.stack(latents), torch.stack(states, 1) if states else None
+        with _opened(file) as handle:
+            latents.append(handle.get_slice("latents")[:, :num_frames].float())
+            if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
+                states.append(handle.get_slice("states")[:, :, :num_frames].float())
+    return read_captions(files), torch.stack(latents), torch.stack(states, 1) if states else None
 
 
 def _write(file: Path, text: str) -> None:

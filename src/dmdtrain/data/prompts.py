@@ -52,8 +52,12 @@ class EpochSampler(Generic[T]):
         return [self.items[i] for i in drawn]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"generator": self.generator.get_state(), "order": torch.tensor(self._order, dtype=torch.int64)}
+        order = torch.tensor(self._order, dtype=torch.int64)
+        return {"generator": self.generator.get_state(), "order": order, "count": torch.tensor(len(self.items))}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError where there are more or fewer items than when the state was saved."""
+        if int(state["count"]) != len(self.items):
+            raise ValueError(f"{len(self.items)} items now, {int(state['count'])} when the checkpoint was saved")
         self.generator.set_state(state["generator"])
         self._order = state["order"].tolist()

@@ -27,7 +27,7 @@ class StreamDecoder:
         """Normalised latents [B, C, t, H, W] -> [B, 3, 4 t, H', W'] (the first block: 1 + 4 (t - 1)) in [-1, 1], float32."""
         vae = self.vae
         mean, std = _statistics(vae, latents.device)
-        hidden = vae.post_quant_conv(latents.float() * std + mean)
+        hidden = vae.post_quant_conv((latents.float() * std + mean).to(vae.dtype))
         frames = []
         for frame in hidden.split(1, dim=2):
             first = self._features is None

@@ -14,6 +14,7 @@ A checkpoint is a folder of .safetensors and .json files; nothing in it is unpic
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,20 @@ def list_checkpoints(root: Path) -> list[Path]:
             old.rename(final)
     found = [f for f in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name) and (f / MANIFEST).exists()]
     return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+
+
+def set_aside_later(output: Path, checkpoint: Path | None) -> list[Path]:
+    """Renames a run's checkpoints that came after the one that is resumed, so that none is taken for the newest later on."""
+    stages = [list_checkpoints(output / WARMUP), list_checkpoints(output / CHECKPOINTS)]
+    ordered = [folder for stage in stages for folder in stage]
+    resolved = [folder.resolve() for folder in ordered]
+    if checkpoint is None or checkpoint.resolve() not in resolved:
+        return []
+    moved = []
+    for later in ordered[resolved.index(checkpoint.resolve()) + 1 :]:
+        names = (later.with_name(f"replaced-{count}-{later.name}") for count in itertools.count(1))
+        moved.append(later.rename(next(name for name in names if not name.exists())))
+    return moved
 
 
 def _sync(path: Path) -> None:

@@ -43,9 +43,9 @@ def plan_of(
 
 
 def warmup_shape(run: setup.Run) -> tuple[int, int, int, int]:
-    """[C, T, H, W] of a video that the teacher can judge whole: the scored frames of a rollout."""
+    """[C, T, H, W] of a video as long as the teacher is asked to judge in DMD."""
     channels, _, height, width = run.latent_shape
-    return channels, run.config.rollout.scored_frames, height, width
+    return channels, run.config.rollout.warmup_frames, height, width
 
 
 def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], count: int, console: Console) -> None:
@@ -55,6 +55,7 @@ def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], 
     if not missing:
         return
     drawn = EpochSampler(renderer.run.prompts, facts["seed"]).draw(count)
+    renderer.text.prepare([*drawn, facts["negative_prompt"]])
     kept = [sigmas.index(t / 1000) for t in facts["timesteps"] or []]
     with Live(count, count - len(missing), console, unit="video") as live:
         for rows in renderer.batches(len(missing), tuple(facts["latent_shape"])):
@@ -102,8 +103,9 @@ def synthesize(
         f"latents {facts['latent_shape']}; {len(folder.missing(count))} to make",
         soft_wrap=True,
     )
-    device = setup.device_of_this_machine()
-    roles = setup.build_roles(run, device, trained=())
-    renderer = Renderer(run, roles, setup.text_cache(run, device), setup.autocast(config, device))
-    make_samples(renderer, folder, sigmas, count, console)
+    if folder.missing(count):
+        device = setup.device_of_this_machine()
+        roles = setup.build_roles(run, device, trained=())
+        renderer = Renderer(run, roles, setup.text_cache(run, device), setup.autocast(config, device))
+        make_samples(renderer, folder, sigmas, count, console)
     console.print(f"done: {folder.path}, {count} {what}", soft_wrap=True)

@@ -211,7 +211,10 @@ class Trainer:
             self.ema.load(checkpoints.read_tensors(folder, "ema"))
         random = checkpoints.read_tensors(folder, "random")
         self.generator.set_state(random.pop("draws"))
-        self.prompts.load_state_dict({k.removeprefix("prompts."): v for k, v in random.items()})
+        try:
+            self.prompts.load_state_dict({k.removeprefix("prompts."): v for k, v in random.items()})
+        except ValueError as error:
+            raise ConfigError(f"data.prompts: {error}; an exact resume needs the same prompts") from None
         state = checkpoints.read_json(folder, "state.json")
         for name in COUNTERS:
             setattr(self, name, state[name])
@@ -299,6 +302,8 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     partial = output / ".config.yaml.partial"
     partial.write_text(configuration.dump(config), encoding="utf-8")
     partial.rename(output / "config.yaml")
+    for later in checkpoints.set_aside_later(output, checkpoint):
+        console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
     warming = checkpoint is not None and checkpoints.stage_of(checkpoint) == WARMUP
     if config.warmup.kind != "none" and (checkpoint is None or warming):
         trainer.warm_up(checkpoint)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
-from dmdtrain.data.latents import INFO, LatentFolder, read_latents
+from dmdtrain.data.latents import INFO, LatentFolder, read_captions, read_latents
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import list_clips, read_clip
 from dmdtrain.models.decode import encode_videos
@@ -139,6 +139,7 @@ class Warmup:
         needs_states = settings.kind == "ode_regression"
         self.states = _state_indices(folder, run.timesteps) if needs_states else None
         files = folder.files()
+        self.text.prepare(read_captions(files))
         self.files = EpochSampler(files, self.config.train.seed)
         self.num_frames = synthesize.warmup_shape(run)[1]
 
@@ -148,7 +149,6 @@ class Warmup:
         config, parameters = self.config, self.roles.parameters("student")
         n, micro = config.samples_per_update, config.train.batch_size
         captions, clean, states = read_latents(self.files.draw(n), self.num_frames)
-        self.text.prepare(captions)
         batch = draw_warmup(
             config,
             self.run.timesteps,
@@ -177,9 +177,8 @@ class Warmup:
             self.optimizer, parameters, [*total.values()], config.optimizer.grad_clip, config.optimizer.grad_clip_method
         )
         count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
-        values = {key: float(value) for key, value in total.items()} if finite else {}
+        values = {key: float(value) for key, value in (total | {"warmup_grad_norm": norm}).items()} if finite else {}
         return values | {
-            "warmup_grad_norm": float(norm),
             "lr_warmup": lr,
             "bad_steps": self.bad_steps,
             "seconds": perf_counter() - started,
@@ -201,7 +200,10 @@ class Warmup:
         checkpoints.load_optimizer("student", self.optimizer, folder)
         random = checkpoints.read_tensors(folder, "random")
         self.generator.set_state(random.pop("draws"))
-        self.files.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
+        try:
+            self.files.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
+        except ValueError as error:
+            raise ConfigError(f"warmup.data: {error}; an exact resume needs the same samples") from None
         state = checkpoints.read_json(folder, "state.json")
         for name in ("step", "bad_steps", "bad_in_a_row"):
             setattr(self, name, state[name])
