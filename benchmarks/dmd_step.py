@@ -1,0 +1,241 @@
+"""Time, memory and model-FLOP utilisation of full DMD steps on random weights, for any size of Wan.
+
+    python benchmarks/dmd_step.py --size 1.3b --set rollout.causal=true --set model.precision=int8 --out benchmarks/records/
+    python benchmarks/dmd_step.py --size tiny --compare train.gradient_checkpointing=false
+
+A step is what training does: a rollout and an update of the fake score, and (every generator_update_interval-th step) a
+rollout, the scores, the replay and an update of the student. The rate of bf16 matrix products is measured in the same run;
+utilisation is model FLOPs (no recompute counted) over that. --compare runs a second setting in the same process, step by
+step in turn with the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from dmdtrain.config import Config, build
+from dmdtrain.models.quantize import quantized_linear
+from dmdtrain.models.roles import Roles
+from dmdtrain.models.wan import WanFolder
+from dmdtrain.train import setup
+from dmdtrain.train.flops import step_flops
+from dmdtrain.train.loop import guarded_step
+from dmdtrain.train.optim import build_optimizer, trained_dtype
+from dmdtrain.train.plan import GIB, PUBLISHED, LiveBytes, make_plan
+from dmdtrain.train.step import Distiller
+
+SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
+SIZES["tiny"] = SIZES["1.3b"] | {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "ffn_dim": 512,
+    "num_layers": 4,
+    "text_dim": 64,
+}
+DEFAULTS = {
+    "dmd.generator_update_interval": 1,
+    "train.batch_size": 1,
+    "optimizer.name": "adamw_bf16",
+    "data.resolution": "832x480",
+    "rollout.num_training_frames": 21,
+}
+TINY = {
+    "data.resolution": "64x64",
+    "data.max_sequence_length": 16,
+    "rollout.num_training_frames": 6,
+    "student.rank": 16,
+}
+
+
+def settings(size: str, overrides: list[str]) -> Config:
+    import yaml
+
+    flat = dict(DEFAULTS) | (TINY | {"fake_score.rank": 16, "validation.num_frames": 21} if size == "tiny" else {})
+    flat |= {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in overrides)}
+    values: dict = {}
+    for key, value in flat.items():
+        group, name = key.split(".")
+        values.setdefault(group, {})[name] = value
+    return build(values, "--set")
+
+
+def random_transformer(shape: dict, precision: str, device: torch.device) -> WanTransformer3DModel:
+    """A Wan with random weights, quantized layer by layer where `precision` asks for it."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(shape)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    wide = set(model._keep_in_fp32_modules or [])
+
+    def filled(name: str, like: torch.Tensor) -> nn.Parameter:
+        kind = torch.float32 if wide & set(name.split(".")) else dtype
+        scale = 0.5 / like.shape[-1] ** 0.5 if like.ndim > 1 else 1.0
+        value = (
+            torch.randn(like.shape, device=device, dtype=kind) * scale
+            if like.ndim > 1
+            else torch.ones_like(like, device=device, dtype=kind)
+        )
+        return nn.Parameter(value, requires_grad=False)
+
+    for path, layer in list(model.named_modules()):
+        for name, parameter in list(layer._parameters.items()):
+            if parameter is not None:
+                layer._parameters[name] = filled(f"{path}.{name}", parameter)
+        quantize = precision not in ("fp32", "bf16") and path.startswith("blocks.") and type(layer) is nn.Linear
+        if quantize:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized_linear(layer.weight.data, layer.bias, precision))
+    model.rope = type(model.rope)(
+        shape["attention_head_dim"], tuple(shape["patch_size"]), shape["rope_max_seq_len"]
+    ).to(device)
+    return model.eval()
+
+
+class Steps:
+    """Full steps of one configuration."""
+
+    def __init__(self, size: str, config: Config, device: torch.device):
+        folder = WanFolder(
+            Path(size), size, True, SIZES[size], {"z_dim": 16, "scale_factor_spatial": 8}, {"shift": 5.0}
+        )
+        self.run = setup.resolve(config, for_training=False, find=lambda name, key: folder)
+        self.config, self.device = config, device
+        weights = trained_dtype(config.optimizer.name)
+        self.roles = Roles(
+            random_transformer(SIZES[size], config.model.precision, device),
+            trained=setup.adapter_specs(config),
+            full_dtype=weights,
+            adapter_dtype=weights,
+            causal=config.rollout.causal,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        )
+        generator = torch.Generator().manual_seed(0)
+        text = (config.data.max_sequence_length, SIZES[size]["text_dim"])
+        self.context = torch.randn(config.train.batch_size, *text, generator=generator).to(device)
+        self.distiller = Distiller(self.roles, config, self.run.timesteps, self.run.latent_shape, self.context[:1])
+        self.generator = generator
+        self.optimizers = {
+            name: build_optimizer(
+                config.optimizer.name,
+                self.roles.parameters(name),
+                lr=1e-6,
+                betas=(0.9, 0.999),
+                eps=1e-8,
+                weight_decay=0.0,
+            )
+            for name in ("fake_score", "student")
+        }
+        self.records: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        for name, backward in (
+            ("fake_score", self.distiller.critic_backward),
+            ("student", self.distiller.student_backward),
+        ):
+            draws = self.distiller.draw(self.config.train.batch_size, self.generator).to(self.device)
+            backward(self.context, draws)
+            with self.distiller.phases("optimizer"):
+                guarded_step(self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
+        phases = self.distiller.phases.take()
+        self.records.append({"seconds": time.perf_counter() - start} | phases)
+
+    def summary(self, rate: float) -> dict:
+        """Medians over all steps but the first."""
+        later = self.records[1:] or self.records
+        medians = {key: round(statistics.median(r[key] for r in later), 4) for key in later[0]}
+        flops = sum(
+            step_flops(
+                self.config, self.run.base.transformer, self.run.teacher.transformer, self.run.frame_tokens
+            ).values()
+        )
+        inside = sum(value for key, value in medians.items() if key.startswith("seconds_"))
+        plan = make_plan(self.run)
+        return {
+            **medians,
+            "overhead": round(1 - inside / medians["seconds"], 4),
+            "samples_per_hour": round(3600 * self.config.train.batch_size / medians["seconds"], 1),
+            "model_tflop": round(flops / 1e12, 2),
+            "utilisation": round(flops / medians["seconds"] / rate, 4),
+            "planned_peak_gib": round(plan.peak / GIB, 3),
+        }
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large bf16 product, the best of ten."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - start) / 5)
+    return 2 * n**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--compare", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the record")
+    args = parser.parse_args()
+    device = setup.device_of_this_machine()
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    rate = matmul_rate(device)
+    runs = {"settings": args.set} | ({"compared": [*args.set, *args.compare]} if args.compare else {})
+    results: dict[str, dict] = {}
+    steps: dict[str, Steps] = {}
+    for name, overrides in runs.items():
+        config = settings(args.size, overrides)
+        with LiveBytes() as live:  # every storage that is alive, exact on a CPU too
+            steps[name] = Steps(args.size, config, device)
+            weights = live.now
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            steps[name].step()
+        results[name] = {
+            "overrides": overrides,
+            "live_peak_gib": round(live.peak / GIB, 3),
+            "weights_gib": round(weights / GIB, 3),
+        }
+        if device.type == "cuda":
+            results[name]["allocated_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+            results[name]["reserved_peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+    for _ in range(args.steps):
+        for each in steps.values():
+            each.step()
+    for name, each in steps.items():
+        results[name] |= each.summary(rate)
+    record = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "size": args.size,
+        "matmul_tflops": round(rate / 1e12, 2),
+        "steps": args.steps,
+    } | results
+    text = json.dumps(record, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        label = "-".join([args.size, *(o.split(".")[-1].replace("=", "_") for o in args.set)])
+        (args.out / f"{record['device'].replace(' ', '_')}-{label}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
