@@ -34,13 +34,8 @@ from dmdtrain.train.plan import GIB, PUBLISHED, LiveBytes, make_plan
 from dmdtrain.train.step import Distiller
 
 SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
-SIZES["tiny"] = SIZES["1.3b"] | {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "ffn_dim": 512,
-    "num_layers": 4,
-    "text_dim": 64,
-}
+SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64}
+SIZES["tiny"] = SIZES["1.3b"] | SMALL
 DEFAULTS = {
     "dmd.generator_update_interval": 1,
     "train.batch_size": 1,
@@ -77,12 +72,9 @@ def random_transformer(shape: dict, precision: str, device: torch.device) -> Wan
 
     def filled(name: str, like: torch.Tensor) -> nn.Parameter:
         kind = torch.float32 if wide & set(name.split(".")) else dtype
-        scale = 0.5 / like.shape[-1] ** 0.5 if like.ndim > 1 else 1.0
-        value = (
-            torch.randn(like.shape, device=device, dtype=kind) * scale
-            if like.ndim > 1
-            else torch.ones_like(like, device=device, dtype=kind)
-        )
+        if like.ndim == 1:
+            return nn.Parameter(torch.ones(like.shape, device=device, dtype=kind), requires_grad=False)
+        value = torch.randn(like.shape, device=device, dtype=kind) * (0.5 / like[0].numel() ** 0.5)
         return nn.Parameter(value, requires_grad=False)
 
     for path, layer in list(model.named_modules()):
@@ -152,11 +144,8 @@ class Steps:
         """Medians over all steps but the first."""
         later = self.records[1:] or self.records
         medians = {key: round(statistics.median(r[key] for r in later), 4) for key in later[0]}
-        flops = sum(
-            step_flops(
-                self.config, self.run.base.transformer, self.run.teacher.transformer, self.run.frame_tokens
-            ).values()
-        )
+        shapes = self.run.base.transformer, self.run.teacher.transformer
+        flops = sum(step_flops(self.config, *shapes, self.run.frame_tokens).values())
         inside = sum(value for key, value in medians.items() if key.startswith("seconds_"))
         plan = make_plan(self.run)
         return {
@@ -209,11 +198,8 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             steps[name].step()
-        results[name] = {
-            "overrides": overrides,
-            "live_peak_gib": round(live.peak / GIB, 3),
-            "weights_gib": round(weights / GIB, 3),
-        }
+        sizes = {"live_peak_gib": live.peak, "weights_gib": weights}
+        results[name] = {"overrides": overrides} | {key: round(size / GIB, 3) for key, size in sizes.items()}
         if device.type == "cuda":
             results[name]["allocated_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
             results[name]["reserved_peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)

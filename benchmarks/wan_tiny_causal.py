@@ -1,11 +1,11 @@
 """Causal students of wan-tiny beside the bidirectional one and the teacher: accuracy, Frechet distance, and drift by block.
 
-    python benchmarks/wan_tiny_causal.py --ckpt "with warm-up=RUN/checkpoints/step-000200" --ckpt "warm-up only=RUN/warmup/step-000300" ...
+    python benchmarks/wan_tiny_causal.py --ckpt "self-forcing=RUN/checkpoints/step-000150" --ckpt "warm-up=RUN/warmup/step-000300"
 
 Every row is 3-latent-frame blocks of one video length: the whole video's accuracy, then accuracy and Frechet distance of each
 block on its own. Blocks after the first are compared with the same blocks (2 to 7, pooled) of fresh teacher samples of 21
-latent frames; the teacher's own distance between two such sets is the floor. Beyond 21 frames a causal student rolls on, once
-with all of its context and once in a window of the training length.
+latent frames; the teacher's own distance between two such sets is the floor. Beyond 21 frames causal students roll on in a
+window of the training length, the first one also with all of its context.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def main() -> None:
         channels, trained_frames, height, width = run.latent_shape
         lengths: list[tuple[int, int | None]] = [(trained_frames, config.rollout.local_attention_frames)]
         if config.rollout.causal:
-            lengths += [(factor * trained_frames, window) for factor in (2, 4) for window in (None, trained_frames)]
+            lengths += [(factor * trained_frames, trained_frames) for factor in (2, 4)]
+            if ckpt == named[0][1]:
+                lengths += [(factor * trained_frames, None) for factor in (2, 4)]
         for frames, window in lengths:
             rollout = config.rollout.model_copy(update={"local_attention_frames": window})
             changed = config.model_copy(update={"rollout": rollout})
