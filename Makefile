@@ -8,7 +8,7 @@ DEMO ?= output/wan-tiny
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-gpu lint format bench wan-tiny clean
+.PHONY: setup demo test test-slow test-gpu lint format bench bench-gpu bench-wan-tiny wan-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -42,8 +42,21 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Scores the demo's student; run `make demo` first.
+# Full DMD steps of a tiny Wan on any machine; replay against one graph.
 bench: setup
+	$(BIN)/python benchmarks/dmd_step.py --size tiny --compare train.gradient_checkpointing=false
+	$(BIN)/python benchmarks/replay.py --out output/replay.json
+
+# Full DMD steps of the real shapes at 480p with 21 latent frames; records go to benchmarks/records.
+bench-gpu: setup
+	for causal in true false; do for precision in bf16 int8 nf4; do \
+		$(BIN)/python benchmarks/dmd_step.py --size 1.3b --out benchmarks/records \
+			--set rollout.causal=$$causal --set model.precision=$$precision || exit 1; done; \
+		$(BIN)/python benchmarks/dmd_step.py --size 14b --out benchmarks/records \
+			--set rollout.causal=$$causal --set model.precision=int8 || exit 1; done
+
+# Scores the demo's student; run `make demo` first.
+bench-wan-tiny: setup
 	$(BIN)/python benchmarks/wan_tiny.py --ckpt "$$(ls -d $(DEMO)/checkpoints/step-* | sort | tail -n 1)" --out $(DEMO)/benchmark.json
 
 wan-tiny: setup

@@ -127,6 +127,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": rows,
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {args.out}")
 

@@ -82,7 +82,7 @@ def really(run: setup.Run) -> tuple[int, dict[str, int]]:
     ids=["plain", "checkpointing", "causal", "window", "full", "autocast", "guided fake score"],
 )
 def test_the_plan_is_what_the_code_holds(settings, deep_folder, groups):
-    """Peaks by phase within 5 % of those on real tensors, from models of one and of two blocks.
+    """Peaks by phase within 5 % of those on real tensors, from models of two and of three blocks.
 
     Autocast keeps a copy of every trained weight that a pass has seen: at this size they are as large as activations.
     """

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
+from dmdtrain.train.plan import CONTEXT_GIB
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "dmd_step.py"
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -49,3 +56,40 @@ def test_resume_is_exact(settings, tmp_path):
     fit(settings, tmp_path, "--max-steps", "2")
     parts = fit(settings, tmp_path)
     assert [line["critic_loss"] for line in parts] == [line["critic_loss"] for line in whole]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-llm", "nf4"])
+def test_fit_on_a_quantized_base(settings, tmp_path, precision):
+    settings["model"] |= {"precision": precision, "text_encoder_precision": precision, "quantize_via": "device"}
+    settings["train"] |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    lines = fit(settings, tmp_path)
+    assert len(lines) == 4 and all(line["bad_steps"] == 0 for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["teacher_forcing", "ode_regression"])
+def test_a_causal_student_from_its_warm_up_to_its_pipeline(settings, tmp_path, kind):
+    settings["rollout"] = {"causal": True, "num_frame_per_block": 1, "num_training_frames": 3, "context_noise": 10}
+    settings["warmup"] = {"kind": kind, "steps": 3, "num_samples": 3, "teacher_steps": 2}
+    settings["train"] |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    lines = fit(settings, tmp_path)
+    assert all(line["seconds_replay"] > 0 for line in lines if line["step"] % 2 == 0)
+    ckpt = str(tmp_path / "run" / "checkpoints" / "step-000004")
+    for command in (
+        ["generate", "--ckpt", ckpt, "a dog", "--out", str(tmp_path / "dog.mp4"), "--frames", "21"],
+        ["export-pipeline", "--ckpt", ckpt, "--out", str(tmp_path / "pipeline")],
+    ):
+        result = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True).to("cuda")
+    assert pipe("a dog", num_frames=9).frames[0].shape[0] == 9
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_plan_is_within_a_tenth_of_the_measured_peak(tmp_path, causal):
+    command = [sys.executable, str(BENCHMARK), "--size", "1.3b", "--steps", "1", "--out", str(tmp_path)]
+    command += ["--set", f"rollout.causal={str(causal).lower()}", "--set", "data.resolution=416x240"]
+    subprocess.run(command, check=True)
+    (file,) = tmp_path.glob("*.json")
+    record = json.loads(file.read_text())["settings"]
+    planned = record["planned_peak_gib"] - CONTEXT_GIB  # which the allocator does not count
+    assert planned == pytest.approx(record["allocated_peak_gib"], rel=0.1)

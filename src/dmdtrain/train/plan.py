@@ -32,7 +32,10 @@ from dmdtrain.train.setup import Run, adapter_specs, resolve
 from dmdtrain.train.step import Distiller, Draws, num_draws
 
 GIB = 2**30
-SHORT = (1, 2)  # transformer blocks of the two models that are run
+SHORT = (
+    2,
+    3,
+)  # transformer blocks of the models that are run: the first block, whose input needs no gradient, is unlike others
 UTILISATION = 0.4  # of a GPU's dense bf16 rate, for the time estimate
 CONTEXT_GIB = 0.8  # CUDA context, cuBLAS workspaces, fragments
 
