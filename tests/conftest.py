@@ -12,6 +12,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from typer.testing import CliRunner
+
+from dmdtrain.cli import app
 
 torch.set_num_threads(2)
 
@@ -112,3 +115,24 @@ def settings(wan_folder, tmp_path) -> dict:
         },
         "output_dir": str(tmp_path / "run"),
     }
+
+
+def run_cli(*args: object):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def done(*args: object) -> str:
+    """What a command that must succeed printed, on one line."""
+    result = run_cli(*args)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return " ".join(result.output.split())
+
+
+def refused(*args: object, says: str | list[str]) -> None:
+    """The command ends in exit code 2 and one line that holds all of `says`."""
+    result = run_cli(*args)
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("dmdtrain: ")
+    for part in [says] if isinstance(says, str) else says:
+        assert part in line, (part, line)

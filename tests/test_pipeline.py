@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import done, refused
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from dmdtrain import config as configuration
-from dmdtrain.cli import app
 from dmdtrain.config import build, latent_frames
 from dmdtrain.export import merge, pipeline_source, stock_scheduler
 from dmdtrain.models.wan import find_folder, load_transformer
@@ -51,23 +50,6 @@ CASES = {  # what the student is -> changes of the configuration, video frames t
 }
 STOCK = ("stock", "whole, bidirectional")
 CAUSAL = [name for name, (changes, _) in CASES.items() if "rollout.causal" in changes]
-
-
-def run_cli(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def done(*args: object) -> str:
-    result = run_cli(*args)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return " ".join(result.output.split())
-
-
-def refused(*args: object, says: str) -> None:
-    result = run_cli(*args)
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("dmdtrain: ") and says in line, line
 
 
 def values_of(wan_folder: Path, folder: Path, changes: dict) -> dict:

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from conftest import done, refused, run_cli
 
 from dmdtrain import config as configuration
-from dmdtrain.cli import app
 from dmdtrain.config import build
 from dmdtrain.models.causal import KVCache
 from dmdtrain.models.decode import StreamDecoder, decode_latents
@@ -37,23 +36,6 @@ ROLLOUTS = {  # all with blocks of two latent frames
     "window and sink": {"local_attention_frames": 4, "sink_frames": 1, "context_noise": 120},
     "bidirectional": {"causal": False},
 }
-
-
-def run_cli(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def done(*args: object) -> str:
-    result = run_cli(*args)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return " ".join(result.output.split())
-
-
-def refused(*args: object, says: str) -> None:
-    result = run_cli(*args)
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("dmdtrain: ") and says in line, line
 
 
 def read_mp4(file: Path) -> np.ndarray:

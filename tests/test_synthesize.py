@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import refused, run_cli
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from dmdtrain.cli import app
 from dmdtrain.config import ConfigError
 from dmdtrain.data.latents import LatentFolder, read_latents
 from dmdtrain.models import encode
@@ -30,20 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ["a red cat runs", "a blue dog sleeps", "a cat on grass"]
 SHAPE, SEED, STEPS, SCALE, NEGATIVE = (4, 3, 4, 6), 5, 4, 2.5, "a dog"
 ULP = 2**-10  # of float16, of a value: at least one
-
-
-def run_cli(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def refused(*args: object, says: list[str]) -> None:
-    """The command ends in exit code 2 and one line that holds all of `says`."""
-    result = run_cli(*args)
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("dmdtrain: ")
-    for part in says:
-        assert part in line, (part, line)
 
 
 def write_config(folder: Path, wan_folder: Path, changes: dict | None = None) -> Path:

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_transformer
+from conftest import done, refused, run_cli, tiny_transformer
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from dmdtrain.cli import app
 from dmdtrain.config import Config, build
 from dmdtrain.data.latents import LatentFolder, read_latents
 from dmdtrain.flow import shift_timestep
@@ -36,26 +34,6 @@ STEPS = [1000.0, 757.0, 522.0]
 KINDS = ("teacher_forcing", "ode_regression")
 SHAPE = (4, 4, 4, 4)  # [C, T, H, W] of the runs below
 MACHINE = ("seconds", "memory_gib", "model_tflops", "model_flop_utilisation")  # how what it decides is called
-
-
-def run_cli(*args: object):
-    return CliRunner().invoke(app, [str(a) for a in args])
-
-
-def done(*args: object) -> str:
-    result = run_cli(*args)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return " ".join(result.output.split())
-
-
-def refused(*args: object, says: list[str]) -> None:
-    """The command ends in exit code 2 and one line that holds all of `says`."""
-    result = run_cli(*args)
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("dmdtrain: ")
-    for part in says:
-        assert part in line, (part, line)
 
 
 def values_of(wan_folder: Path, folder: Path, changes: dict | None = None) -> dict:

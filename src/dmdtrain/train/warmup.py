@@ -29,13 +29,18 @@ from dmdtrain.train.step import Stats
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
 
+def holds_latents(path: Path) -> bool:
+    """Whether `dmdtrain synthesize` made latents there; what else a folder can hold are clips."""
+    return (path / INFO).exists() and LatentFolder.open(path, "warmup.data").facts["what"] != "videos"
+
+
 def check_data(run: Run) -> None:
     """ConfigError unless `warmup.data`, where it is given, holds what the warm-up needs."""
     settings = run.config.warmup
     if settings.kind == "none" or settings.data is None:
         return
     path = Path(settings.data).expanduser()
-    if not (path / INFO).exists() or LatentFolder.open(path, "warmup.data").facts["what"] == "videos":
+    if not holds_latents(path):
         if not path.is_dir():
             raise ConfigError(f"warmup.data: {path}: no such folder")
         if settings.kind == "ode_regression":
@@ -112,36 +117,34 @@ class Warmup:
 
     def prepare(self) -> None:
         """Opens the data, or has the teacher make them."""
-        settings, run = self.config.warmup, self.run
-        path = None if settings.data is None else Path(settings.data).expanduser()
-        own = run.output_dir / "cache" / WARMUP
-        if (
-            path is not None
-            and (path / INFO).exists()
-            and LatentFolder.open(path, "warmup.data").facts["what"] != "videos"
-        ):
-            folder = LatentFolder.open(path, "warmup.data")
-        elif path is not None:
-            shape = list(synthesize.warmup_shape(run))
-            listed = hashlib.sha256("\n".join(str(clip) for clip in list_clips(path)).encode()).hexdigest()
-            facts = {"what": "clips", "from": str(path), "clips_sha256": listed, "base": run.base.name}
-            folder = LatentFolder.create(own, facts | {"latent_shape": shape, "timesteps": None}, "warmup.data")
-            encode_clips(path, folder, self.renderer, self.console)
-        else:
-            what = "trajectories" if settings.kind == "ode_regression" else "latents"
-            seed = self.config.train.seed
-            facts, sigmas = synthesize.plan_of(run, what, settings.teacher_steps, seed)
-            folder = LatentFolder.create(own, facts, "warmup")
-            missing = len(folder.missing(settings.num_samples))
-            if missing:
-                self.console.print(f"warm-up: the teacher makes {missing} videos in {folder.path}", soft_wrap=True)
-            synthesize.make_samples(self.renderer, folder, sigmas, settings.num_samples, self.console)
-        needs_states = settings.kind == "ode_regression"
-        self.states = _state_indices(folder, run.timesteps) if needs_states else None
+        folder = self._folder()
+        needs_states = self.config.warmup.kind == "ode_regression"
+        self.states = _state_indices(folder, self.run.timesteps) if needs_states else None
         files = folder.files()
         self.text.prepare(read_captions(files))
         self.files = EpochSampler(files, self.config.train.seed)
-        self.num_frames = synthesize.warmup_shape(run)[1]
+        self.num_frames = synthesize.warmup_shape(self.run)[1]
+
+    def _folder(self) -> LatentFolder:
+        settings, run = self.config.warmup, self.run
+        own = run.output_dir / "cache" / WARMUP
+        if settings.data is None:
+            what = "trajectories" if settings.kind == "ode_regression" else "latents"
+            facts, sigmas = synthesize.plan_of(run, what, settings.teacher_steps, self.config.train.seed)
+            folder = LatentFolder.create(own, facts, "warmup")
+            if missing := folder.missing(settings.num_samples):
+                self.console.print(f"warm-up: the teacher makes {len(missing)} videos in {own}", soft_wrap=True)
+            synthesize.make_samples(self.renderer, folder, sigmas, settings.num_samples, self.console)
+            return folder
+        path = Path(settings.data).expanduser()
+        if holds_latents(path):
+            return LatentFolder.open(path, "warmup.data")
+        listed = hashlib.sha256("\n".join(str(clip) for clip in list_clips(path)).encode()).hexdigest()
+        facts = {"what": "clips", "from": str(path), "clips_sha256": listed, "base": run.base.name}
+        facts |= {"latent_shape": list(synthesize.warmup_shape(run)), "timesteps": None}
+        folder = LatentFolder.create(own, facts, "warmup.data")
+        encode_clips(path, folder, self.renderer, self.console)
+        return folder
 
     def train_step(self) -> dict[str, float]:
         self.step += 1
