@@ -100,7 +100,7 @@ def main() -> None:
         if config.rollout.causal:
             lengths += [(factor * trained_frames, trained_frames) for factor in (2, 4)]
             if ckpt == named[0][1]:
-                lengths += [(factor * trained_frames, None) for factor in (2, 4)]
+                lengths += [(factor * trained_frames, factor * trained_frames) for factor in (2, 4)]
         for frames, window in lengths:
             rollout = config.rollout.model_copy(update={"local_attention_frames": window})
             changed = config.model_copy(update={"rollout": rollout})
@@ -108,7 +108,7 @@ def main() -> None:
             renderer = Renderer(run, roles, setup.text_cache(run, device))
             started = time.monotonic()
             latents = renderer.student(prompts, 0, (channels, frames, height, width), run.timesteps)
-            label = name if window is None else f"{name}, window {window}"
+            label = name if window is None else f"{name}, {'all context' if window == frames else f'window {window}'}"
             add(label, latents, time.monotonic() - started, facts | {"window": window})
 
     record = {

@@ -15,13 +15,14 @@ import yaml
 from conftest import done, refused, run_cli
 
 from dmdtrain import config as configuration
-from dmdtrain.config import build
+from dmdtrain.config import Rollout, build
 from dmdtrain.models.causal import KVCache
 from dmdtrain.models.decode import StreamDecoder, decode_latents
 from dmdtrain.models.wan import find_folder, load_vae
 from dmdtrain.train import commands, render, setup
 from dmdtrain.train.checkpoint import write_checkpoint
 from dmdtrain.train.render import Renderer
+from dmdtrain.train.step import for_sampling
 from dmdtrain.train.validation import Mp4Writer, to_frames, write_mp4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,11 +220,10 @@ def held(monkeypatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("name", "most"), [("window", 2), ("window and sink", 6)])
+@pytest.mark.parametrize(("name", "most"), [("window", 2), ("window and sink", 6), ("blocks", 4)])
 def test_the_cache_does_not_grow_with_the_video_in_a_rolling_window(students, held, tmp_path, name, most):
-    """In a window of three frames a block of two sees one before it; of four, with a sink, two and the first.
-
-    Whole blocks are kept, and one more while it is written."""
+    """In a window of three frames a block of two sees one before it; of four, with a sink, two and the first. Whole blocks
+    are kept, and one more while it is written. Without a window, what is longer than training has one of its length."""
     peaks = []
     for frames in (29, 4 * 29 + 1):
         held.clear()
@@ -233,9 +233,16 @@ def test_the_cache_does_not_grow_with_the_video_in_a_rolling_window(students, he
         assert len(held) > 2 * (frames // 8 - 1)
         peaks.append(max(held))
     assert peaks[0] == peaks[1] <= most, peaks
-    held.clear()
-    done("generate", "--ckpt", students["blocks"], "a cat", "--out", tmp_path / "all.mp4", "--frames", 29)
-    assert max(held) == 8 - 2  # without a window: all but the last block
+
+
+def test_a_window_of_the_training_length_is_for_longer_videos_alone():
+    settings = Rollout(causal=True, num_training_frames=6)
+    assert for_sampling(settings, 6) == settings and for_sampling(settings, 3) == settings
+    assert for_sampling(settings, 9).local_attention_frames == 6
+    windowed = Rollout(causal=True, num_training_frames=6, local_attention_frames=12, sink_frames=2)
+    assert for_sampling(windowed, 60) == windowed
+    bidirectional = Rollout(num_training_frames=6)
+    assert for_sampling(bidirectional, 60) == bidirectional
 
 
 @pytest.mark.parametrize("name", ["window", "window and sink", "blocks"])

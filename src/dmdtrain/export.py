@@ -169,7 +169,8 @@ def write_pipeline(
         index.pop("transformer_2", None)
         index["_class_name"] = [PIPELINE_MODULE, PIPELINE_CLASS]
         index |= {key: facts[key] for key in ("timesteps", "num_frame_per_block", "independent_first_frame")}
-        index |= {key: facts[key] for key in ("local_attention_frames", "sink_frames", "max_sequence_length")}
+        index |= {key: facts[key] for key in ("num_training_frames", "local_attention_frames", "sink_frames")}
+        index["max_sequence_length"] = facts["max_sequence_length"]
         index |= {key: facts[key] for key in ("height", "width", "num_frames")}
         index["context_noise"] = facts["context_noise"] or 0.0
         (partial / f"{PIPELINE_MODULE}.py").write_text(pipeline_source(), encoding="utf-8")

@@ -23,7 +23,8 @@ class FewStepWanPipeline(WanPipeline):
     Args:
         timesteps: denoising steps, in (0, 1000]. num_frame_per_block: latent frames of a temporal block; None: the student is
             bidirectional, one block of all frames. independent_first_frame, context_noise, local_attention_frames,
-            sink_frames: as it was trained. max_sequence_length: text tokens. height, width, num_frames: defaults of a call.
+            sink_frames: as it was trained. num_training_frames: latent; longer videos roll on in a window of as many.
+            max_sequence_length: text tokens. height, width, num_frames: defaults of a call.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class FewStepWanPipeline(WanPipeline):
         num_frame_per_block: int | None = None,
         independent_first_frame: bool = False,
         context_noise: float = 0.0,
+        num_training_frames: int | None = None,
         local_attention_frames: int | None = None,
         sink_frames: int = 0,
         max_sequence_length: int = 512,
@@ -55,6 +57,7 @@ class FewStepWanPipeline(WanPipeline):
             num_frame_per_block=num_frame_per_block,
             independent_first_frame=independent_first_frame,
             context_noise=context_noise,
+            num_training_frames=num_training_frames,
             local_attention_frames=local_attention_frames,
             sink_frames=sink_frames,
             max_sequence_length=max_sequence_length,
@@ -105,7 +108,10 @@ class FewStepWanPipeline(WanPipeline):
         layout, cache = BlockLayout.single(latent_frames), None
         if self._holder is not None:
             layout = BlockLayout.blocks(latent_frames, config.num_frame_per_block, config.independent_first_frame)
-            cache = KVCache(config.local_attention_frames, config.sink_frames, evict=True)
+            window = config.local_attention_frames
+            if window is None and config.num_training_frames and latent_frames > config.num_training_frames:
+                window = config.num_training_frames
+            cache = KVCache(window, config.sink_frames, evict=True)
 
         def denoise(
             latents: torch.Tensor, timestep: torch.Tensor, *, frames: slice, write_cache: bool = False

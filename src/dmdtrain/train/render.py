@@ -18,7 +18,7 @@ from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import load_scheduler, load_vae
 from dmdtrain.rollout import Denoiser, draw_noise, sample
 from dmdtrain.train.setup import Run
-from dmdtrain.train.step import block_layout, context_timestep, new_cache, num_draws, student_denoiser
+from dmdtrain.train.step import block_layout, context_timestep, for_sampling, new_cache, num_draws, student_denoiser
 
 Autocast = Callable[[], AbstractContextManager]
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,10 +56,10 @@ class Renderer:
         """Normalised latents [N, C, t, H, W] of the few-step student, block by block as they are finished.
 
         Every prompt has a generator of its own seed, from which each block draws in turn: a longer video starts as the
-        shorter one does. What is held does not grow with the video where a window limits what blocks attend to.
+        shorter one does. What is held does not grow with a video beyond the training length: see `for_sampling`.
         """
         channels, num_frames, *size = shape
-        settings = self.run.config.rollout
+        settings = for_sampling(self.run.config.rollout, num_frames)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise(frames: slice) -> torch.Tensor:
@@ -67,7 +67,10 @@ class Renderer:
             drawn = [draw_noise(num_draws(settings, timesteps), block, generator) for generator in generators]
             return torch.cat(drawn, 1).to(self.text.device)
 
-        cond, uncond = (self._student(context) for context in self._contexts(prompts, negative))
+        cond, uncond = (
+            student_denoiser(self.roles, context, new_cache(settings, evict=True), self.autocast)
+            for context in self._contexts(prompts, negative)
+        )
         yield from sample(
             cond if guidance in (0, 1) else _guided(cond, uncond, guidance),
             noise,
@@ -114,9 +117,6 @@ class Renderer:
                         on_block(len(block))
                 videos.append(torch.cat(parts, 2))
         return torch.cat(videos)
-
-    def _student(self, context: torch.Tensor) -> Denoiser:
-        return student_denoiser(self.roles, context, new_cache(self.run.config.rollout, evict=True), self.autocast)
 
     def _teacher_flow(self, prompts: list[str], guidance: float, negative: str) -> Flow:
         cond, uncond = self._contexts(prompts, negative)

@@ -67,6 +67,7 @@ class Run:
             "num_frame_per_block": self.config.rollout.num_frame_per_block if self.config.rollout.causal else None,
             "independent_first_frame": self.config.rollout.causal and self.config.rollout.independent_first_frame,
             "context_noise": self.config.rollout.context_noise if self.config.rollout.causal else None,
+            "num_training_frames": self.config.rollout.num_training_frames,
             "local_attention_frames": self.config.rollout.local_attention_frames,
             "sink_frames": self.config.rollout.sink_frames,
             "max_sequence_length": self.config.data.max_sequence_length,

@@ -50,6 +50,14 @@ def new_cache(settings: Rollout, evict: bool = False) -> KVCache | None:
     return KVCache(settings.local_attention_frames, settings.sink_frames, evict) if settings.causal else None
 
 
+def for_sampling(settings: Rollout, num_frames: int) -> Rollout:
+    """The rollout of a video of `num_frames` latent frames. One longer than training rolls on in a window of the training
+    length, unless a window is set: blocks never saw anything further away, and fail where RoPE's phases come round again."""
+    if not settings.causal or settings.local_attention_frames is not None or num_frames <= settings.num_training_frames:
+        return settings
+    return settings.model_copy(update={"local_attention_frames": settings.num_training_frames})
+
+
 def context_timestep(settings: Rollout) -> float:
     """Timestep of the pass that writes a finished block to the cache."""
     return settings.context_noise if settings.causal else 0.0
