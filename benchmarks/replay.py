@@ -1,11 +1,10 @@
-"""Replay backward against one graph over the whole video: bytes saved for backward and time, over the number of blocks.
+"""Replay backward against one graph over the whole video: memory and time, over the number of blocks.
 
     python benchmarks/replay.py --out benchmarks/replay.json
 
 Both give the same gradient (tests/test_self_forcing.py, float64). Measured on wan-tiny's own transformer as a causal LoRA
-student, side by side in one run: each repetition times one after the other, the ratio is the median's. Saved bytes are the
-peak of distinct storages that autograd holds (activations and copies of context K/V), parameters and the cache apart; on a
-GPU the peak of allocated bytes above what was there before is measured too.
+student, side by side in one run: each repetition times one after the other, the ratio is the median's. Peaks are of live
+storages, temporaries and recompute included, less the weights and the cache that both ways fill alike.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import platform
 import statistics
 import time
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,52 +24,11 @@ from dmdtrain.models.causal import KVCache
 from dmdtrain.models.roles import AdapterSpec, Roles
 from dmdtrain.models.wan import find_folder, load_transformer
 from dmdtrain.rollout import BlockLayout, Denoiser, draw_noise, predict_x0, replay_backward, rollout
+from dmdtrain.train.plan import LiveBytes
 from dmdtrain.train.step import student_denoiser
 
 STEPS = [1000.0, 757.0, 522.0]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-
-
-class SavedBytes:
-    """Peak bytes of distinct storages that autograd holds inside the context, those of `ignored` apart."""
-
-    def __init__(self, ignored: list[torch.Tensor]):
-        self.ignored = {t.untyped_storage().data_ptr() for t in ignored}
-        self.held: dict[int, int] = {}  # storage -> holders
-        self.now = self.peak = 0
-
-    def _release(self, pointer: int, size: int) -> None:
-        self.held[pointer] -= 1
-        if not self.held[pointer]:
-            del self.held[pointer]
-            self.now -= size
-
-    def _pack(self, tensor: torch.Tensor):
-        storage = tensor.untyped_storage()
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        if pointer in self.ignored:
-            return tensor
-        if pointer not in self.held:
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        self.held[pointer] = self.held.get(pointer, 0) + 1
-
-        class Holder:
-            pass
-
-        holder = Holder()
-        holder.tensor = tensor
-        weakref.finalize(holder, self._release, pointer, size)
-        return holder
-
-    def __enter__(self) -> SavedBytes:
-        unpack = lambda held: held if isinstance(held, torch.Tensor) else held.tensor  # noqa: E731
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
 
 
 def one_graph(
@@ -132,16 +89,24 @@ def main() -> None:
     print(f"wrote {args.out}")
 
 
+def cache_bytes(cache: KVCache) -> int:
+    pairs = [pair for layer in cache._layers.values() for pair in layer.values()] + list(cache.cross.values())
+    return sum(t.untyped_storage().nbytes() for pair in pairs for t in pair)
+
+
 def measure(roles, parameters, blocks, local, checkpointing, args, device) -> dict:
-    layout = BlockLayout((3,) * blocks)
+    layout, trained = BlockLayout((3,) * blocks), roles.parameters("student")
     generator = torch.Generator().manual_seed(blocks)
     noise = draw_noise(3, (args.batch, 16, layout.num_frames, 4, 4), generator).to(device)
     context = torch.randn(args.batch, 16, 64, generator=generator).to(device)
     grad = torch.randn(noise.shape[1:], generator=generator).to(device)
     exits = [i % 3 for i in range(blocks)]
 
+    cache = KVCache(local)
+
     def student() -> Denoiser:
-        return student_denoiser(roles, context, KVCache(local), nullcontext)
+        cache.__init__(local)
+        return student_denoiser(roles, context, cache, nullcontext)
 
     def replayed() -> None:
         denoise = student()
@@ -150,15 +115,16 @@ def measure(roles, parameters, blocks, local, checkpointing, args, device) -> di
     ways = {"replay": replayed, "one_graph": lambda: one_graph(student(), noise, layout, exits, grad)}
     found: dict[str, dict] = {}
     for name, way in ways.items():
-        with SavedBytes(parameters) as saved:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)  # so that gradients are there before and after
+        cache.__init__(local)
+        with LiveBytes() as live:
+            for tensor in (*parameters, *(p.grad for p in trained), noise, context, grad):
+                live.add(tensor)
+            before = live.now
             way()
-        found[name] = {"saved_mib": round(saved.peak / 2**20, 3), "seconds": []}
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            way()
-            found[name]["allocated_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+            live.peak -= before + cache_bytes(cache)
+        found[name] = {"peak_mib": round(live.peak / 2**20, 2), "seconds": []}
     for _ in range(args.repeats):
         for name, way in ways.items():
             started = time.perf_counter()
