@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,3 +49,21 @@ def test_whole_road(run_cli, config_file, tmp_path):
     assert run_cli("export-lora", "--ckpt", ckpt, "--out", tmp_path / "lora.safetensors").exit_code == 0
     assert (tmp_path / "lora_scheduler" / "scheduler_config.json").exists()
     assert torch.isfinite(torch.tensor([line["critic_loss"] for line in lines])).all()
+
+
+def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, config_file, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from dmdtrain.train.trainer import locked\n"
+        f"with locked(Path({str(tmp_path / 'run')!r})):\n    print('locked', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        result = run_cli("fit", config_file)
+        assert result.exit_code == 2 and "run is in use by another process" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not (tmp_path / "run" / "config.yaml").exists()
+    finally:
+        other.kill()
+        other.wait()
+    assert run_cli("fit", config_file, "--max-steps", 2).exit_code == 0

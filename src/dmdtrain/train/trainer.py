@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_mach
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
 
+LOCK = ".lock"
 COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
 
@@ -43,7 +47,7 @@ def find_resume(config: Config, resume: str) -> Path | None:
         where = f"{output}: {above}" if above != output else output
         raise ConfigError(f"output_dir: {where} is not a folder")
     owned = output / "config.yaml"
-    if not owned.exists() and output.exists() and any(f.name != "cache" for f in output.iterdir()):
+    if not owned.exists() and output.exists() and any(f.name not in ("cache", LOCK) for f in output.iterdir()):
         raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
     if resume not in ("auto", "never"):
         folder = Path(resume)
@@ -70,6 +74,26 @@ def _refuse_other(file: Path, config: Config, what: str) -> None:
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise ConfigError(f"{what}: {different[0]}{more}")
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder; a process that dies lets go of it by itself.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK).open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir: {output} is in use by another process; choose another, or stop that one"
+            ) from None
+        except OSError:
+            pass  # the file system knows no locks
+        yield
 
 
 class Trainer:
@@ -289,6 +313,12 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
+    with locked(run.output_dir):
+        _fit(run, checkpoint, console)
+
+
+def _fit(run: Run, checkpoint: Path | None, console: Console) -> None:
+    config = run.config
     trainer = Trainer(run, console)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
