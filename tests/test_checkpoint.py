@@ -637,7 +637,7 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
     # Nothing is written outside the run's folder.
     assert {f.name for f in tmp_path.iterdir()} - before == {"run"}
     inside = {f.name for f in Path(small.output_dir).iterdir()}
-    assert inside == {"cache", "checkpoints", "config.yaml", "metrics.jsonl"}
+    assert inside == {".lock", "cache", "checkpoints", "config.yaml", "metrics.jsonl"}
     folder = Path(small.output_dir) / "checkpoints" / "step-000004"
     files = {f.name for f in folder.iterdir()}
     assert files == {
