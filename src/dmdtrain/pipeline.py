@@ -12,7 +12,7 @@ import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
-from dmdtrain.models.causal import CausalView, KVCache, install
+from dmdtrain.models.causal import CausalView, KVCache, install, sampling_window
 from dmdtrain.models.decode import StreamDecoder
 from dmdtrain.rollout import BlockLayout, draw_noise, sample
 
@@ -108,9 +108,7 @@ class FewStepWanPipeline(WanPipeline):
         layout, cache = BlockLayout.single(latent_frames), None
         if self._holder is not None:
             layout = BlockLayout.blocks(latent_frames, config.num_frame_per_block, config.independent_first_frame)
-            window = config.local_attention_frames
-            if window is None and config.num_training_frames and latent_frames > config.num_training_frames:
-                window = config.num_training_frames
+            window = sampling_window(config.local_attention_frames, config.num_training_frames, latent_frames)
             cache = KVCache(window, config.sink_frames, evict=True)
 
         def denoise(
@@ -126,9 +124,8 @@ class FewStepWanPipeline(WanPipeline):
             return torch.cat([draw_noise(draws, block, g) for g in generators], 1).to(device)
 
         decoder, parts = StreamDecoder(self.vae), []
-        offloaded = getattr(
-            self.vae, "_hf_hook", None
-        )  # what brings the codec to the device, of a pipeline with offloading
+        # What brings the codec to the device, of a pipeline with offloading: decoding block by block goes past it.
+        offloaded = getattr(self.vae, "_hf_hook", None)
         with self.progress_bar(total=len(layout.sizes)) as progress:
             try:
                 for block in sample(denoise, noise, steps, layout, context_timestep=config.context_noise):

@@ -104,13 +104,14 @@ def read_captions(files: list[Path]) -> list[str]:
 
 def read_latents(files: list[Path], num_frames: int) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
     """Captions, latents [B, C, T, H, W] and states [S, B, C, T, H, W] in float32, of the first `num_frames` frames."""
-    latents, states = [], []
+    captions, latents, states = [], [], []
     for file in files:
         with _opened(file) as handle:
+            captions.append(handle.metadata()["caption"])
             latents.append(handle.get_slice("latents")[:, :num_frames].float())
             if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
                 states.append(handle.get_slice("states")[:, :, :num_frames].float())
-    return read_captions(files), torch.stack(latents), torch.stack(states, 1) if states else None
+    return captions, torch.stack(latents), torch.stack(states, 1) if states else None
 
 
 def _write(file: Path, text: str) -> None:

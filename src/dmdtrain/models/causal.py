@@ -23,6 +23,14 @@ def visible_frames(frames: slice, local_frames: int | None, sink_frames: int) ->
     return [range(min(sink_frames, frames.start)), range(first, frames.start)]
 
 
+def sampling_window(local_frames: int | None, num_training_frames: int | None, num_frames: int) -> int | None:
+    """The window of a video of `num_frames`. One longer than training rolls on in a window of the training length, unless one
+    is set: blocks never saw anything further away, and fail where RoPE's phases come round again."""
+    if local_frames is None and num_training_frames is not None and num_frames > num_training_frames:
+        return num_training_frames
+    return local_frames
+
+
 class KVCache:
     """Keys and values of finished blocks, per layer, each [B, frames * tokens per frame, heads, head dim].
 

@@ -75,7 +75,7 @@ class Roles:
         init_lora_weights: bool = True,
     ):
         # Copies first: they are copies of the bare base, without adapters.
-        copies = {name: _cast(copy.deepcopy(base), full_dtype) for name, spec in trained.items() if spec is None}
+        copies = {name: cast_weights(copy.deepcopy(base), full_dtype) for name, spec in trained.items() if spec is None}
         base.requires_grad_(False)
         self.roles: dict[str, Role] = {
             "teacher": Role(base if teacher is None else teacher.requires_grad_(False), None)
@@ -189,7 +189,7 @@ def load_parameters(parameters: dict[str, nn.Parameter], values: dict[str, torch
         parameters[key].copy_(value)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Casts weights in place, except those that Wan keeps in float32 (norms, modulation, time embedder)."""
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or [])
     for name, parameter in module.named_parameters():

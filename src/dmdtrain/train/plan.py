@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from dmdtrain.config import Config, ConfigError, build
 from dmdtrain.models.quantize import empty_quantized
-from dmdtrain.models.roles import Roles
+from dmdtrain.models.roles import Roles, cast_weights
 from dmdtrain.models.wan import WanFolder, find_folder
 from dmdtrain.train.flops import step_flops
 from dmdtrain.train.optim import trained_dtype
@@ -138,11 +138,7 @@ def _empty_roles(run: Run, num_layers: int) -> tuple[Roles, nn.Module | None]:
     def transformer(shape: dict[str, Any], precision: str) -> Any:
         with torch.device("meta"):
             model = WanTransformer3DModel.from_config(shape | {"num_layers": num_layers})
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        wide = set(model._keep_in_fp32_modules or [])
-        for name, parameter in model.named_parameters():
-            if not wide & set(name.split(".")):
-                parameter.data = parameter.data.to(dtype)
+        cast_weights(model, torch.float32 if precision == "fp32" else torch.bfloat16)
         if precision not in ("fp32", "bf16"):
             for name, layer in list(model.blocks.named_modules()):
                 if type(layer) is nn.Linear:

@@ -11,7 +11,7 @@ import torch
 from dmdtrain import dmd
 from dmdtrain.config import Config, ConfigError, Rollout
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
-from dmdtrain.models.causal import CausalView, KVCache
+from dmdtrain.models.causal import CausalView, KVCache, sampling_window
 from dmdtrain.models.roles import RoleName, Roles
 from dmdtrain.rollout import BlockLayout, Denoiser, ExitRecord, draw_exit_steps, draw_noise, replay_backward, rollout
 from dmdtrain.train.log import Phases
@@ -51,11 +51,11 @@ def new_cache(settings: Rollout, evict: bool = False) -> KVCache | None:
 
 
 def for_sampling(settings: Rollout, num_frames: int) -> Rollout:
-    """The rollout of a video of `num_frames` latent frames. One longer than training rolls on in a window of the training
-    length, unless a window is set: blocks never saw anything further away, and fail where RoPE's phases come round again."""
-    if not settings.causal or settings.local_attention_frames is not None or num_frames <= settings.num_training_frames:
+    """The rollout of a video of `num_frames` latent frames, with the window that `sampling_window` gives it."""
+    if not settings.causal:
         return settings
-    return settings.model_copy(update={"local_attention_frames": settings.num_training_frames})
+    window = sampling_window(settings.local_attention_frames, settings.num_training_frames, num_frames)
+    return settings.model_copy(update={"local_attention_frames": window})
 
 
 def context_timestep(settings: Rollout) -> float:
