@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, build, differences, dump, known_keys, load, nested_get
+from dmdtrain.config import Config, ConfigError, VideoSet, build, differences, dump, known_keys, load, nested_get
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -74,6 +74,7 @@ CHANGED = {
     "dmd.ts_schedule": False,
     "dmd.ts_schedule_max": True,
     "dmd.min_score_timestep": 20,
+    "dmd.real_data_loss_weight": 0.25,
     "rollout.causal": True,
     "rollout.num_training_frames": 9,
     "rollout.min_training_frames": 5,
@@ -100,6 +101,13 @@ CHANGED = {
     "data.resolution": 480,
     "data.aspect_ratio": "9:16",
     "data.max_sequence_length": 226,
+    "data.videos": [VideoSet(path="clips", weight=2.0, caption_column="text"), VideoSet(path="more", weight=0.5)],
+    "data.fps": 16.0,
+    "data.crop": "random",
+    "data.buckets": True,
+    "data.aspect_bucket_rounding": 1,
+    "data.minimum_size": 256,
+    "data.on_bad_video": "error",
     "optimizer.name": "adamw_bf16",
     "optimizer.lr": 2e-6,
     "optimizer.betas": (0.0, 0.999),
@@ -153,6 +161,8 @@ APART = {
 
 # What has to be set with a key for it to be valid alone.
 NEEDS: dict[str, dict] = {
+    "dmd.real_data_loss_weight": {"data.videos": "clips", "rollout.causal": True, "warmup.kind": "teacher_forcing"},
+    "data.videos": {"rollout.causal": True, "warmup.kind": "teacher_forcing"},
     "ema.enabled": {"ema.validate_with": "raw"},
     "rollout.causal": {"rollout.num_training_frames": 9},
     "rollout.sink_frames": {"rollout.local_attention_frames": 8},
@@ -180,6 +190,7 @@ MAY_CHANGE = {
     "train.compile",
     "ema.validate_with",
     "ema.keep_on",
+    "data.on_bad_video",
     "output_dir",
     "checkpoint.every",
     "checkpoint.keep",

@@ -100,7 +100,8 @@ def make(wan_folder, tmp_path, data):
         changes = {"warmup.data": str(data), "output_dir": str(tmp_path / name)} | (changes or {})
         run = setup.resolve(build(values_of(wan_folder, tmp_path, changes)))
         quiet = Console(quiet=True)
-        warmup = Warmup(run, Trainer(run, quiet).renderer, quiet)
+        trainer = Trainer(run, quiet)
+        warmup = Warmup(run, trainer.renderer, quiet, trainer.clips)
         warmup.prepare()
         return warmup
 
@@ -317,7 +318,7 @@ def test_gradient_accumulation_changes_no_number_but_rounding(make):
         one, other = split.train_step(), whole.train_step()
         for key in ("warmup_loss", "warmup_grad_norm", "lr_warmup"):
             assert one[key] == pytest.approx(other[key], rel=1e-4), key
-    assert [f.name for f in split.files.draw(3)] == [f.name for f in whole.files.draw(3)]
+    assert [f.name for f in split.samples.files.draw(3)] == [f.name for f in whole.samples.files.draw(3)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,8 +328,8 @@ def test_the_loss_falls_on_a_fixed_batch(make, data, tmp_path, kind):
     for name in ("latents.json", "samples/000000.safetensors", "samples/000001.safetensors"):
         shutil.copy(data / name, two / name)
     warmup = make({"warmup.kind": kind, "warmup.data": str(two), "warmup.lr": 0.02})
-    captions, clean, states = read_latents(LatentFolder.open(two, "x").files(), warmup.num_frames)
-    states = None if warmup.states is None else states[warmup.states]
+    captions, clean, states = read_latents(LatentFolder.open(two, "x").files(), warmup.samples.num_frames)
+    states = None if warmup.samples.states is None else states[warmup.samples.states]
     context = warmup.text.get(captions)
 
     def mean_loss() -> float:
@@ -353,8 +354,8 @@ def test_the_loss_falls_on_a_fixed_batch(make, data, tmp_path, kind):
 
 def test_the_states_at_the_students_steps_are_found_among_all(make, data):
     there = json.loads((data / "latents.json").read_text())["timesteps"]
-    assert [there[i] for i in make().states] == STEPS
-    assert [there[i] for i in make({"dmd.denoising_steps": [757]}, "one").states] == [757]
+    assert [there[i] for i in make().samples.states] == STEPS
+    assert [there[i] for i in make({"dmd.denoising_steps": [757]}, "one").samples.states] == [757]
 
 
 @pytest.fixture
@@ -384,9 +385,9 @@ def test_the_text_encoder_is_not_loaded_in_mid_training(make, data, tmp_path, lo
 
 def test_longer_data_are_cut_to_the_run(make, data):
     warmup = make({"rollout.num_training_frames": 2})
-    assert warmup.num_frames == 2
+    assert warmup.samples.num_frames == 2
     assert warmup.train_step()["bad_steps"] == 0
-    assert make({"rollout.num_gradient_frames": 2}, "scored").num_frames == 2
+    assert make({"rollout.num_gradient_frames": 2}, "scored").samples.num_frames == 2
 
 
 def changed_facts(data: Path, to: Path, **changes) -> Path:
@@ -420,7 +421,7 @@ def test_data_that_do_not_fit_are_refused_before_a_model_is_loaded(write, data, 
     check(tmp_path / "file", "no such folder")
     empty = tmp_path / "empty"
     empty.mkdir()
-    check(empty, "no trajectories" if kind == "ode_regression" else "neither synthesized latents nor clips")
+    check(empty, "no trajectories" if kind == "ode_regression" else "holds no clips")
     unfinished = changed_facts(data, tmp_path / "unfinished")
     shutil.rmtree(unfinished / "samples")
     check(unfinished, "holds no samples; run dmdtrain synthesize to its end")
@@ -466,17 +467,18 @@ def test_videos_are_encoded_once(write, videos, tmp_path, monkeypatch):
     changes = {"warmup.kind": "teacher_forcing", "warmup.steps": 2, "warmup.data": str(clips)}
     file = write(changes)
     output = done("fit", file)
-    assert f"skipped {clips / '000001.mp4'}: its caption is empty" in output
-    encoded = tmp_path / "run" / "cache" / "warmup" / "samples"
-    assert sorted(f.name for f in encoded.iterdir()) == ["000000.safetensors", "000002.safetensors"]
-    with safe_open(encoded / "000002.safetensors", "pt") as opened:
-        assert opened.metadata()["caption"] == (clips / "000002.txt").read_text().strip()
-        assert opened.get_tensor("latents").shape == SHAPE
-    times = {f.name: f.stat().st_mtime_ns for f in encoded.iterdir()}
+    assert f"2 left out, listed in {tmp_path / 'run' / 'data_report.jsonl'}" in output
+    assert f"{clips / '000001.mp4'}: its caption is empty" in output
+    latents = sorted((tmp_path / "run" / "cache" / "videos" / "latents").glob("*/*"))
+    assert len(latents) == 2
+    for made in latents:
+        with safe_open(made, "pt") as opened:
+            assert opened.get_tensor("latents").shape == SHAPE
+    times = {f: f.stat().st_mtime_ns for f in latents}
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     shutil.rmtree(tmp_path / "run" / "warmup")
     done("fit", file)
-    assert {f.name: f.stat().st_mtime_ns for f in encoded.iterdir()} == times
+    assert {f: f.stat().st_mtime_ns for f in latents[0].parents[1].glob("*/*")} == times
 
 
 def test_a_folder_of_synthesized_videos_will_do(write, videos, tmp_path):

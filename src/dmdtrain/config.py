@@ -211,6 +211,8 @@ class Dmd(Group):
     """Bound score timesteps above by the timestep that the exit step denoises from."""
     min_score_timestep: Annotated[int, Field(ge=0, lt=1000)] = 0
     """Lower bound of score timesteps (before the shift) where ts_schedule is off."""
+    real_data_loss_weight: NonNegative = 0.0
+    """Adds so much of a flow-matching loss on data.videos to every update of the student (causal: teacher forcing). 0: off."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -336,14 +338,36 @@ class Warmup(Group):
     """After a linear rise over lr_warmup_steps; otherwise `optimizer` holds here too."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     data: str | None = None
-    """Folder made by `dmdtrain synthesize`. None: fit makes num_samples in output_dir/cache/warmup, and goes on there when
-    it was interrupted."""
+    """Folder made by `dmdtrain synthesize` or, for teacher_forcing, of clips as in data.videos. None: teacher_forcing takes
+    data.videos; without them fit makes num_samples in output_dir/cache/warmup, and goes on there when it was interrupted."""
     num_samples: Count = 1000
     """Teacher videos that fit makes."""
     teacher_steps: Count = 50
     """Steps of the teacher in them."""
     timestep_shift: Positive | None = None
     """teacher_forcing: shift of the noise levels, one a block. None: model.flow_shift."""
+
+
+class VideoSet(Group):
+    """Captioned clips."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Folder with `clip.mp4` and `clip.txt` at any depth; or with `metadata.jsonl` or `metadata.csv` (file_name and a caption
+    column), or that file itself. Images are videos of one frame, for runs that need no more."""
+    weight: Positive | None = None
+    """Share of the draws relative to the other sets' weights, whatever their sizes. None (in all sets): in proportion to
+    clips times repeats."""
+    repeats: Count = 1
+    """How often an epoch holds each clip of the set."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = None
+    """Of the metadata file. None: text, caption or prompt."""
+
+
+def _one_set(value: Any) -> Any:
+    """A path or one set is a list of one."""
+    if isinstance(value, (str, dict)):
+        value = [value]
+    return [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
 class Data(Group):
@@ -359,9 +383,36 @@ class Data(Group):
     """width:height, where `resolution` is a number."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = 512
     """Text tokens, zero-padded. `WanPipeline` uses 512 unless told otherwise."""
+    videos: Annotated[Annotated[list[VideoSet], Field(min_length=1)] | None, BeforeValidator(_one_set)] = None
+    """Data sets of real clips, for the warm-up and for dmd.real_data_loss_weight: a path, or a list of `path`, `weight`,
+    `repeats`, `caption_column`. Each clip gives its first frames, as many as a training video has."""
+    fps: Positive | None = None
+    """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. None: every frame as it comes."""
+    crop: Literal["center", "random", "none"] = "center"
+    """center, random: a clip is scaled to cover its size, then cut; random: at a place that its content decides, the same one
+    every time. none: scaled to its size, which distorts what has another aspect ratio."""
+    buckets: bool = False
+    """Each clip at the size of its own aspect ratio with as many pixels as `resolution`; false: all at `resolution`."""
+    aspect_bucket_rounding: Annotated[int, Field(ge=0, le=9)] = 2
+    """Decimals to which the aspect ratio of a clip is rounded before its size is computed: fewer give fewer sizes."""
+    minimum_size: Annotated[int, Field(ge=0)] = 0
+    """Pixels of the shorter edge below which a clip is left out."""
+    on_bad_video: Literal["skip", "error"] = "skip"
+    """skip: clips that can not be used are counted, and listed with their reasons in output_dir/data_report.jsonl. error: the
+    first one ends the command."""
 
     @model_validator(mode="after")
     def _check(self):
+        sets = self.videos or []
+        for position, video_set in enumerate(sets):
+            if (video_set.weight is None) != (sets[0].weight is None):
+                raise ValueError(
+                    f"videos.{position}.weight: {video_set.weight}: valid is a weight in all sets, or in none"
+                )
+            if video_set.weight is not None and video_set.repeats > 1:
+                raise ValueError(
+                    f"videos.{position}.repeats: {video_set.repeats} has no effect beside weight; valid is one of them"
+                )
         if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.aspect_ratio):
             raise ValueError(f"aspect_ratio: {self.aspect_ratio!r}: it must be WIDTH:HEIGHT, such as 16:9")
         parse_resolution(self.resolution, self.aspect_ratio, 1, key="resolution")
@@ -527,6 +578,16 @@ class Config(Group):
             raise ValueError(
                 f"warmup.kind: {self.warmup.kind} is for causal students (rollout.causal: true); valid without is none"
             )
+        if self.dmd.real_data_loss_weight and self.data.videos is None:
+            raise ValueError(
+                f"dmd.real_data_loss_weight: {self.dmd.real_data_loss_weight} needs data.videos; valid without is 0"
+            )
+        warms_up = self.warmup.kind == "teacher_forcing" and self.warmup.data is None
+        if self.data.videos is not None and not (warms_up or self.dmd.real_data_loss_weight):
+            raise ValueError(
+                "data.videos: nothing in this run uses them; they are for warmup.kind teacher_forcing without warmup.data, "
+                "and for dmd.real_data_loss_weight above 0"
+            )
         check_blocks(self.rollout, self.validation.num_frames, "validation.num_frames")
         if self.model.teacher is None and self.model.teacher_precision is not None:
             raise ValueError(
@@ -559,6 +620,7 @@ RESUMABLE = (
     "log",
     "ema.validate_with",
     "ema.keep_on",
+    "data.on_bad_video",
     # Where things are kept and how they are computed, in other roundings at most.
     "model.attention",
     "model.quantize_via",
@@ -600,11 +662,16 @@ def _describe(error: Any) -> str:
     key = ".".join(where)
     depth = next((n for n in (1, 2) if ".".join(where[:n]) in known_keys()), 0)
     if depth:  # what follows are list positions and, for fields of several types, pydantic's name of the one it tried
-        key = ".".join(where[:depth] + [part for part in where[depth:] if part.isdigit()])
+        kept = [
+            part for part in where[depth:] if part.isdigit() or (key.startswith("data.videos.") and part.isidentifier())
+        ]
+        key = ".".join(where[:depth] + kept)
     value = error.get("input")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         names = known_keys() if len(where) > 1 else known_keys() + list(Config.model_fields)
+        if len(where) > depth > 1:  # a key of a list's item
+            names = [".".join([*where[:-1], name]) for name in VideoSet.model_fields]
         near = [k for k in names if k.split(".")[-1] == where[-1]][:1]  # the right name in the wrong group
         near = near or difflib.get_close_matches(key, names, 1, 0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
@@ -618,7 +685,7 @@ def _describe(error: Any) -> str:
         "less_than": f"it must be below {context.get('lt')}",
         "less_than_equal": f"it must be at most {context.get('le')}",
         "model_type": "it must be a group of keys",
-        "missing": "it must be two numbers",
+        "missing": "it must be two numbers" if where[-1].isdigit() else "it must be given",
         "too_short": "it must not be empty",
         "string_too_short": "it must not be empty",
     }.get(kind, error["msg"][0].lower() + error["msg"][1:])

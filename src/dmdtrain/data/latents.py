@@ -4,14 +4,20 @@
     samples/000000.safetensors   latents [C, T, H, W] and, of trajectories, states [S, C, T, H, W]; the caption in its header
                                  (of videos: 000000.mp4 and 000000.txt)
 
+and, of clips, a cache that is addressed by what is in them:
+
+    ab/ab12...safetensors        latents [C, T, H, W]; the name says from which clip they came and how, the header has a checksum
+
 Latents are normalised (zero mean, unit deviation by the codec's statistics) and stored as float16: at their size that loses
 2^-11 of a value, a tenth of what the codec does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,10 +85,75 @@ class LatentFolder:
 
     def write(self, index: int, caption: str, latents: torch.Tensor, states: torch.Tensor | None = None) -> None:
         tensors = {"latents": latents} if states is None else {"latents": latents, "states": states}
-        partial = self.file(index).with_name(f".{index:06d}.{os.getpid()}.partial")
         halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
-        save_file(halves, partial, metadata={"caption": caption})
-        partial.rename(self.file(index))
+        _save(halves, self.file(index), {"caption": caption})
+
+
+def holds_latents(path: Path, key: str) -> bool:
+    """Whether `dmdtrain synthesize` made latents there; what else a folder can hold are clips."""
+    return (path / INFO).exists() and LatentFolder.open(path, key).facts["what"] != "videos"
+
+
+class LatentCache:
+    """Latents by name. Files are complete or not there, whenever a writer is killed and however many write."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        return self.path / name[:2] / f"{name}.safetensors"
+
+    def names(self) -> set[str]:
+        return {file.stem for file in self.path.glob("[0-9a-f][0-9a-f]/*.safetensors")}
+
+    def write(self, name: str, latents: torch.Tensor) -> None:
+        half = latents.half().cpu().contiguous()
+        self.file(name).parent.mkdir(parents=True, exist_ok=True)
+        _save({"latents": half}, self.file(name), {"sha256": _checksum(half)})
+
+    def read(self, names: list[str]) -> torch.Tensor:
+        """[B, C, T, H, W] in float32. A file that is damaged is removed; ConfigError then says so."""
+        found: list[torch.Tensor] = []
+        for name in names:
+            if problem := self.check(name, found):
+                self.remove(name)
+                raise ConfigError(f"{self.file(name)}: {problem}; it was removed, the same command encodes it again")
+        return torch.stack(found).float()
+
+    def check(self, name: str, found: list[torch.Tensor] | None = None) -> str | None:
+        """What is wrong with a file, or None; its latents are added to `found`."""
+        try:
+            with safe_open(self.file(name), "pt") as handle:
+                latents = handle.get_tensor("latents")
+                wanted = handle.metadata()["sha256"]
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            return f"it can not be read: {error}"
+        if _checksum(latents) != wanted:
+            return "it is damaged (its checksum differs)"
+        if found is not None:
+            found.append(latents)
+        return None
+
+    def remove(self, name: str) -> None:
+        self.file(name).unlink(missing_ok=True)
+
+    def leftovers(self) -> list[Path]:
+        """What writers that were killed have left, and those that write just now."""
+        return sorted(self.path.glob("[0-9a-f][0-9a-f]/.*.partial"))
+
+
+def _checksum(latents: torch.Tensor) -> str:
+    digest = hashlib.sha256(repr(tuple(latents.shape)).encode())
+    digest.update(latents.numpy())
+    return digest.hexdigest()
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:12]}.partial")
+    save_file(tensors, partial, metadata=metadata)
+    with partial.open("rb") as handle:
+        os.fsync(handle.fileno())
+    partial.rename(file)
 
 
 @contextmanager

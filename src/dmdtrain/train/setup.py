@@ -271,7 +271,8 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
     ]
     warmup = config.warmup
     if warmup.kind != "none":
-        data = warmup.data or f"{warmup.num_samples} videos of the teacher in {warmup.teacher_steps} steps"
+        clips = "data.videos" if config.data.videos is not None and warmup.kind == "teacher_forcing" else None
+        data = warmup.data or clips or f"{warmup.num_samples} videos of the teacher in {warmup.teacher_steps} steps"
         lines.append(f"warm-up         {warmup.kind}, {warmup.steps} steps at lr {warmup.lr:g}, on {data}")
     elif config.rollout.causal:
         lines.append(

@@ -21,12 +21,15 @@ from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import validation
 from dmdtrain.train.batches import Batch, Batches
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
+from dmdtrain.train.clips import REPORT, Clips, describe_clips, scan
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.plan import known_rate, memory_line
+from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
+from dmdtrain.train.real_data import RealData
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
@@ -48,7 +51,7 @@ def find_resume(config: Config, resume: str) -> Path | None:
         where = f"{output}: {above}" if above != output else output
         raise ConfigError(f"output_dir: {where} is not a folder")
     owned = output / "config.yaml"
-    if not owned.exists() and output.exists() and any(f.name not in ("cache", LOCK) for f in output.iterdir()):
+    if not owned.exists() and output.exists() and any(f.name not in ("cache", LOCK, REPORT) for f in output.iterdir()):
         raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
     if resume not in ("auto", "never"):
         folder = Path(resume)
@@ -98,9 +101,9 @@ def locked(output: Path) -> Iterator[None]:
 
 
 class Trainer:
-    """One run: builds everything, then `fit`."""
+    """One run: builds everything, then `fit`. scanned: the run's clips, where they were looked at already."""
 
-    def __init__(self, run: Run, console: Console):
+    def __init__(self, run: Run, console: Console, scanned: dict[str, Clips] | None = None):
         self.run, self.config, self.console = run, run.config, console
         run.output_dir.mkdir(parents=True, exist_ok=True)
         self.device = device_of_this_machine()
@@ -108,7 +111,9 @@ class Trainer:
             torch.set_flush_denormal(True)
         self.text = text_cache(run, self.device)
         negatives = [self.config.data.negative_prompt, self.config.validation.negative_prompt]
-        self.text.prepare([*run.prompts, *run.validation_prompts, *negatives])
+        self.clips = prepare_videos(run, console, scanned)
+        captions = [sample.caption for clips in self.clips.values() for sample in clips.samples]
+        self.text.prepare([*run.prompts, *run.validation_prompts, *negatives, *captions])
         self.roles = build_roles(run, self.device)
         uncond = self.text.get([self.config.data.negative_prompt])
         self.distiller = Distiller(self.roles, self.config, run.timesteps, run.latent_shape, uncond)
@@ -138,6 +143,10 @@ class Trainer:
         sampler = EpochSampler(run.prompts, self.config.train.seed)
         n = self.config.samples_per_update
         self.batches = Batches(n, sampler, self.text, self.distiller, self.config.train.seed + 1)
+        self.real: RealData | None = None
+        if self.config.dmd.real_data_loss_weight:
+            clips = ClipLoader(run, self.clips["data.videos"], self.config.train.seed + 3)
+            self.real = RealData(run, clips, self.roles, self.text, self.distiller.autocast)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
@@ -169,6 +178,9 @@ class Trainer:
             made.append(x0)
             for key, value in stats.items():
                 total[key] = total.get(key, 0) + value * (micro / n)
+        if name == "student" and self.real is not None:
+            with self.distiller.phases("real_data"):
+                total |= self.real.backward()
         self.batches.prefetch()
         clip, method = (
             (config.optimizer.grad_clip, config.optimizer.grad_clip_method)
@@ -247,6 +259,8 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = self.ema.weights
         tensors["random"] = self.batches.state_dict()
+        if self.real is not None:
+            tensors["random"] |= {f"real.{key}": value for key, value in self.real.state_dict().items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
         texts["state.json"] = json.dumps({"stage": "dmd"} | counters) + "\n"
         root = self.run.output_dir / CHECKPOINTS
@@ -258,8 +272,16 @@ class Trainer:
             checkpoints.load_optimizer(name, optimizer, folder)
         if self.ema is not None:
             self.ema.load(checkpoints.read_tensors(folder, "ema"))
+        random = checkpoints.read_tensors(folder, "random")
+        if self.real is not None:
+            try:
+                self.real.load_state_dict(
+                    {k.removeprefix("real."): v for k, v in random.items() if k.startswith("real.")}
+                )
+            except ValueError as error:
+                raise ConfigError(f"data.videos: {error}; an exact resume needs the same clips") from None
         try:
-            self.batches.load_state_dict(checkpoints.read_tensors(folder, "random"))
+            self.batches.load_state_dict(random)
         except ValueError as error:
             raise ConfigError(f"data.prompts: {error}; an exact resume needs the same prompts") from None
         state = checkpoints.read_json(folder, "state.json")
@@ -301,7 +323,7 @@ class Trainer:
 
     def warm_up(self, checkpoint: Path | None) -> None:
         """The warm-up, from its start or its checkpoint; afterwards the average starts from what it learned."""
-        warmup = Warmup(self.run, self.renderer, self.console)
+        warmup = Warmup(self.run, self.renderer, self.console, self.clips)
         warmup.prepare()
         if checkpoint is not None:
             warmup.load(checkpoint)
@@ -317,7 +339,7 @@ class Trainer:
                 log.close()
 
     def fit(self) -> None:
-        shown = {"dmd": "dmd_loss", "critic": "critic_loss", "grad": "student_grad_norm"}
+        shown = {"dmd": "dmd_loss", "critic": "critic_loss", "real": "real_data_loss", "grad": "student_grad_norm"}
         steps, folder = self.config.train.max_steps, self.run.output_dir
         run_stage(self, steps, folder, self.config, self.console, shown=shown, validate=self.validate)
 
@@ -328,7 +350,8 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     check_score_ranges(config, run.timesteps)
     check_data(run)
     checkpoint = find_resume(config, resume)
-    for line in describe(run):
+    scanned = scan(run, console)
+    for line in describe(run) + describe_clips(run, scanned):
         console.print(line, soft_wrap=True, highlight=False)
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
@@ -337,12 +360,12 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
     with locked(run.output_dir):
-        _fit(run, checkpoint, console)
+        _fit(run, checkpoint, console, scanned)
 
 
-def _fit(run: Run, checkpoint: Path | None, console: Console) -> None:
+def _fit(run: Run, checkpoint: Path | None, console: Console, scanned: dict[str, Clips]) -> None:
     config = run.config
-    trainer = Trainer(run, console)
+    trainer = Trainer(run, console, scanned)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
     output = run.output_dir

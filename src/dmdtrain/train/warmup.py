@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from time import perf_counter
@@ -11,27 +10,22 @@ import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
-from dmdtrain.data.latents import INFO, LatentFolder, read_captions, read_latents
+from dmdtrain.config import ConfigError
+from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions, read_latents
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.data.videos import list_clips, read_clip
-from dmdtrain.models.decode import encode_videos
+from dmdtrain.data.videos import METADATA
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
 from dmdtrain.train.checkpoint import WARMUP
-from dmdtrain.train.log import Live
+from dmdtrain.train.clips import Clips, warmup_key
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
+from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, sampling_json
 from dmdtrain.train.step import Stats
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
-
-
-def holds_latents(path: Path) -> bool:
-    """Whether `dmdtrain synthesize` made latents there; what else a folder can hold are clips."""
-    return (path / INFO).exists() and LatentFolder.open(path, "warmup.data").facts["what"] != "videos"
 
 
 def check_data(run: Run) -> None:
@@ -40,17 +34,15 @@ def check_data(run: Run) -> None:
     if settings.kind == "none" or settings.data is None:
         return
     path = Path(settings.data).expanduser()
-    if not holds_latents(path):
-        if not path.is_dir():
+    if not holds_latents(path, "warmup.data"):
+        if not path.is_dir() and path.name not in METADATA:
             raise ConfigError(f"warmup.data: {path}: no such folder")
         if settings.kind == "ode_regression":
             raise ConfigError(
                 f"warmup.data: {path} holds no trajectories, which ode_regression needs; make them with dmdtrain "
                 "synthesize, or set warmup.kind to teacher_forcing"
             )
-        if not list_clips(path):
-            raise ConfigError(f"warmup.data: {path} holds neither synthesized latents nor clips with .txt captions")
-        return
+        return  # clips, at which `clips.scan` looks
     folder = LatentFolder.open(path, "warmup.data")
     wanted, found = synthesize.warmup_shape(run), folder.facts["latent_shape"]
     if (found[0], *found[2:]) != (wanted[0], *wanted[2:]) or found[1] < wanted[1]:
@@ -61,26 +53,6 @@ def check_data(run: Run) -> None:
         _state_indices(folder, run.timesteps)
     if not folder.files():
         raise ConfigError(f"warmup.data: {folder.path} holds no samples; run dmdtrain synthesize to its end")
-
-
-def encode_clips(path: Path, folder: LatentFolder, renderer: Renderer, console: Console) -> None:
-    """Adds what is missing of the latents of a folder's captioned clips; unusable ones are told and skipped."""
-    _, num_frames, height, width = folder.facts["latent_shape"]
-    factor = renderer.run.base.spatial_factor
-    size = (1 + VAE_TEMPORAL_FACTOR * (num_frames - 1), height * factor, width * factor)
-    clips = list_clips(path)
-    missing = folder.missing(len(clips))
-    with renderer.codec() as vae, Live(len(clips), len(clips) - len(missing), console, unit="clip") as live:
-        for index in missing:
-            try:
-                caption, video = read_clip(clips[index], *size)
-            except ValueError as error:
-                console.print(f"skipped {clips[index]}: {error}", soft_wrap=True)
-            else:
-                folder.write(index, caption, encode_videos(vae, video[None].to(renderer.text.device))[0])
-            live.step(index + 1, "")
-    if not folder.files():
-        raise ConfigError(f"warmup.data: no clip of {path} can be used; they need {size[0]} frames and a caption")
 
 
 def _state_indices(folder: LatentFolder, timesteps: list[float]) -> list[int]:
@@ -96,13 +68,35 @@ def _state_indices(folder: LatentFolder, timesteps: list[float]) -> list[int]:
     return indices  # type: ignore[return-value]
 
 
-class Warmup:
-    """The first stage of a run. It trains the student's weights in `renderer.roles`."""
+class Synthesized:
+    """What `dmdtrain synthesize` made, in shuffled epochs; states of trajectories at the student's timesteps alone."""
 
-    def __init__(self, run: Run, renderer: Renderer, console: Console):
+    def __init__(self, folder: LatentFolder, run: Run):
+        needs_states = run.config.warmup.kind == "ode_regression"
+        self.states = _state_indices(folder, run.timesteps) if needs_states else None
+        self.num_frames = synthesize.warmup_shape(run)[1]
+        self.files = EpochSampler(folder.files(), run.config.train.seed)
+
+    def draw(self, n: int) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
+        """Captions, latents [n, C, T, H, W] and states [S, n, C, T, H, W]."""
+        captions, latents, states = read_latents(self.files.draw(n), self.num_frames)
+        return captions, latents, None if self.states is None or states is None else states[self.states]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.files.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError where there are more or fewer files."""
+        self.files.load_state_dict(state)
+
+
+class Warmup:
+    """The first stage of a run. It trains the student's weights in `renderer.roles`, on `clips` where it takes real ones."""
+
+    def __init__(self, run: Run, renderer: Renderer, console: Console, clips: dict[str, Clips]):
         self.run, self.config, self.console = run, run.config, console
         self.renderer, self.roles, self.text = renderer, renderer.roles, renderer.text
-        self.root = run.output_dir / WARMUP
+        self.root, self.clips = run.output_dir / WARMUP, clips
         settings, optimizer = run.config.warmup, run.config.optimizer
         self.optimizer = build_optimizer(
             optimizer.name,
@@ -117,13 +111,13 @@ class Warmup:
 
     def prepare(self) -> None:
         """Opens the data, or has the teacher make them."""
+        self.samples: ClipLoader | Synthesized
+        if key := warmup_key(self.run):
+            self.samples = ClipLoader(self.run, self.clips[key], self.config.train.seed)
+            return
         folder = self._folder()
-        needs_states = self.config.warmup.kind == "ode_regression"
-        self.states = _state_indices(folder, self.run.timesteps) if needs_states else None
-        files = folder.files()
-        self.text.prepare(read_captions(files))
-        self.files = EpochSampler(files, self.config.train.seed)
-        self.num_frames = synthesize.warmup_shape(self.run)[1]
+        self.samples = Synthesized(folder, self.run)
+        self.text.prepare(read_captions(folder.files()))
 
     def _folder(self) -> LatentFolder:
         settings, run = self.config.warmup, self.run
@@ -136,29 +130,21 @@ class Warmup:
                 self.console.print(f"warm-up: the teacher makes {len(missing)} videos in {own}", soft_wrap=True)
             synthesize.make_samples(self.renderer, folder, sigmas, settings.num_samples, self.console)
             return folder
-        path = Path(settings.data).expanduser()
-        if holds_latents(path):
-            return LatentFolder.open(path, "warmup.data")
-        listed = hashlib.sha256("\n".join(str(clip) for clip in list_clips(path)).encode()).hexdigest()
-        facts = {"what": "clips", "from": str(path), "clips_sha256": listed, "base": run.base.name}
-        facts |= {"latent_shape": list(synthesize.warmup_shape(run)), "timesteps": None}
-        folder = LatentFolder.create(own, facts, "warmup.data")
-        encode_clips(path, folder, self.renderer, self.console)
-        return folder
+        return LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
 
     def train_step(self) -> dict[str, float]:
         self.step += 1
         started = perf_counter()
         config, parameters = self.config, self.roles.parameters("student")
         n, micro = config.samples_per_update, config.train.batch_size
-        captions, clean, states = read_latents(self.files.draw(n), self.num_frames)
+        captions, clean, states = self.samples.draw(n)
         batch = draw_warmup(
             config,
             self.run.timesteps,
             self.run.flow_shift,
             self.text.get(captions),
             clean,
-            None if self.states is None or states is None else states[self.states],
+            states,
             self.generator,
         ).to(self.text.device)
         total: Stats = {}
@@ -193,7 +179,7 @@ class Warmup:
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
         tensors["random"] = {"draws": self.generator.get_state()}
-        tensors["random"] |= {f"files.{k}": v for k, v in self.files.state_dict().items()}
+        tensors["random"] |= {f"files.{k}": v for k, v in self.samples.state_dict().items()}
         counters = {name: getattr(self, name) for name in ("step", "bad_steps", "bad_in_a_row")}
         texts["state.json"] = json.dumps({"stage": WARMUP} | counters) + "\n"
         return checkpoints.write_checkpoint(self.root, self.step, tensors, texts, self.config.checkpoint.keep)
@@ -204,9 +190,10 @@ class Warmup:
         random = checkpoints.read_tensors(folder, "random")
         self.generator.set_state(random.pop("draws"))
         try:
-            self.files.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
+            self.samples.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
         except ValueError as error:
-            raise ConfigError(f"warmup.data: {error}; an exact resume needs the same samples") from None
+            key = warmup_key(self.run) or "warmup.data"
+            raise ConfigError(f"{key}: {error}; an exact resume needs the same samples") from None
         state = checkpoints.read_json(folder, "state.json")
         for name in ("step", "bad_steps", "bad_in_a_row"):
             setattr(self, name, state[name])

@@ -49,14 +49,14 @@ def draw_warmup(
     trajectory (ibid., sec. 4.3, on clean context).
 
     Args:
-        clean: [n, C, T, H, W]. states: [S, n, C, T, H, W], the teacher's at `timesteps`.
+        clean: [n, C, T, H, W]. states: [S, n, C, T, H, W], the teacher's at `timesteps`, for ode_regression; None:
+            teacher_forcing (of a bidirectional student's single block: plain flow matching).
     """
     layout = block_layout(config.rollout, clean.shape[2])
     sizes = torch.tensor(layout.sizes)
     shape = (len(clean), len(sizes))
     flow = None
-    if config.warmup.kind == "ode_regression":
-        assert states is not None
+    if config.warmup.kind == "ode_regression" and states is not None:
         steps = torch.randint(len(timesteps), shape, generator=generator).repeat_interleave(sizes, 1)
         timestep = torch.tensor(timesteps)[steps]
         noisy = states.gather(0, steps[None, :, None, :, None, None].expand_as(clean[None]))[0]
@@ -77,8 +77,16 @@ def warmup_backward(
 ) -> Stats:
     """Accumulates the student's gradient of one micro-batch; weight: its share of the update.
 
-    One pass over [context | noisy]: unlike in the rollout, gradient reaches what the context is read through.
+    One pass over [context | noisy]: unlike in the rollout, gradient reaches what the context is read through. A bidirectional
+    student has no context.
     """
+    if not settings.causal:
+        assert batch.flow is not None
+        with autocast():
+            flow = roles.flow("student", batch.noisy, batch.timestep[:, 0], batch.context)
+        loss = (flow.float() - batch.flow).square().mean()
+        (loss * weight).backward()
+        return {"warmup_loss": loss.detach()}
     blocks = tuple(block_layout(settings, batch.clean.shape[2]).slices)
     view = TeacherForcingView(blocks, settings.local_attention_frames, settings.sink_frames)
     cached = torch.full_like(batch.timestep, context_timestep(settings))

@@ -1,0 +1,227 @@
+"""Clips as tensors, through PyAV; images through Pillow."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from dmdtrain.data.videos import IMAGES, shown
+
+LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
+# Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
+FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg"
+HD = 720  # lines from which video that does not say so is BT.709
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a clip says of itself. Width and height in pixels as it is to be seen: upright, of square pixels."""
+
+    width: int
+    height: int
+    frames: int
+    seconds: float | None  # that its frames last; None: it has no time stamps
+
+
+def read_header(file: Path) -> Header:
+    """Decodes the first frame and counts the others; ValueError where the clip can not be used, and why."""
+    if file.suffix.lower() in IMAGES:
+        with _image(file) as image:
+            return Header(*image.size, 1, 0.0)
+    with _stream(file) as (container, stream):
+        frame = next(_frames(container, stream), None)
+        if frame is None:
+            raise ValueError("it holds no frames")
+        width, height = display_size(frame, stream)
+    times, count = [], 0
+    with _stream(file) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                if packet.size:
+                    count += 1
+                    times.append(None if packet.pts is None else float(packet.pts * packet.time_base))
+        except av.FFmpegError:  # its end is missing: as far as it goes
+            pass
+        interval = _interval(stream)
+    known = [time for time in times if time is not None]
+    if not known or len(known) < len(times):
+        return Header(width, height, count, count * interval if interval else None)
+    span = max(known) - min(known)
+    return Header(width, height, count, span + (interval or span / max(1, count - 1)))
+
+
+def check_length(header: Header, num_frames: int, fps: float | None, image: bool) -> None:
+    """ValueError where a clip has fewer than `num_frames` frames at `fps` (None: its own)."""
+    if image and num_frames > 1:
+        raise ValueError(f"it is an image; {num_frames} frames are needed, images serve runs on one frame alone")
+    if fps is None or num_frames == 1:
+        if header.frames < num_frames:
+            raise ValueError(f"it has {header.frames} frames; {num_frames} are needed")
+    elif header.seconds is None:
+        raise ValueError("it has no time stamps, which data.fps needs")
+    elif header.seconds < (needed := (num_frames - 1) / fps):
+        raise ValueError(f"it lasts {header.seconds:.2f} s; {num_frames} frames at {fps:g} a second need {needed:.2f}")
+
+
+def read_clip(
+    file: Path,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    crop: str = "center",
+    place: float = 0.5,
+) -> torch.Tensor:
+    """The first frames [3, T, H, W] in [-1, 1] of a clip.
+
+    Args:
+        height, width: in pixels.
+        fps: frames a second, by time stamps: each the one that is seen at its time. None: every frame.
+        crop: center, random or none, as `data.crop`. place: of a random crop, in [0, 1).
+
+    Raises:
+        ValueError: the clip can not be used, and why.
+    """
+    if file.suffix.lower() in IMAGES:
+        with _image(file) as image:
+            pixels = np.array(image.convert("RGB"))
+        video = _fitted(pixels, pixels.shape[1] / pixels.shape[0], height, width, crop, place)[:, None]
+        check_length(Header(width, height, 1, 0.0), num_frames, fps, image=True)
+        return video
+    with _stream(file) as (container, stream):
+        kept: list[torch.Tensor] = []
+        for frame, times in _chosen(_frames(container, stream), stream, num_frames, fps):
+            shown_width, shown_height = display_size(frame, stream)
+            fitted = _fitted(_upright(frame), shown_width / shown_height, height, width, crop, place)
+            kept += [fitted] * times
+    if len(kept) < num_frames:
+        at = "" if fps is None else f" at {fps:g} a second"
+        raise ValueError(f"it has {len(kept)} frames{at}; {num_frames} are needed")
+    return torch.stack(kept, 1)
+
+
+def _chosen(frames: Iterator[Any], stream: Any, num_frames: int, fps: float | None) -> Iterator[tuple[Any, int]]:
+    """The frames that are taken, each with how often: one that is seen for long stands for several."""
+    if fps is None:
+        for _, frame in zip(range(num_frames), frames, strict=False):
+            yield frame, 1
+        return
+    interval = _interval(stream)
+    taken, start, held, time = 0, None, None, 0.0
+    for count, frame in enumerate(frames):
+        now = frame.time
+        if now is None:
+            if interval is None:
+                raise ValueError("it has no time stamps, which data.fps needs")
+            now = count * interval
+        start = now if start is None else start
+        if held is not None:
+            due = min(num_frames, max(taken, math.ceil((now - start) * fps - 1e-6)))
+            if due > taken:
+                yield held, due - taken
+                taken = due
+            interval = now - start - time if interval is None else interval
+        if taken == num_frames:
+            return
+        held, time = frame, now - start
+    if held is not None:  # the last frame is seen for as long as one lasts
+        due = min(num_frames, math.ceil((time + (interval or 0.0)) * fps - 1e-6))
+        if max(due, 1) > taken:
+            yield held, max(due, 1) - taken
+
+
+def _interval(stream: Any) -> float | None:
+    """Seconds that a frame lasts on average; None where the stream says nothing sensible."""
+    rate = stream.average_rate or stream.guessed_rate
+    return float(1 / rate) if rate else None
+
+
+def display_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """(width, height) in pixels as a frame is to be seen."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    width, height = max(1, round(frame.width * aspect)), frame.height
+    return (height, width) if _quarters(frame) % 2 else (width, height)
+
+
+def _quarters(frame: Any) -> int:
+    """Quarter turns to the left that set a frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    unsaid = int(frame.colorspace) == 2
+    colorspace = "ITU709" if unsaid and frame.height >= HD else None
+    return np.rot90(frame.to_ndarray(format="rgb24", src_colorspace=colorspace), _quarters(frame))
+
+
+def _fitted(pixels: np.ndarray, aspect: float, height: int, width: int, crop: str, place: float) -> torch.Tensor:
+    """A frame uint8 [h, w, 3] that is seen at `aspect` (width / height), as [3, height, width] in [-1, 1]."""
+    covering = height, width
+    if crop != "none":
+        covering = max(height, round(width / aspect)), max(width, round(height * aspect))
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    if covering != tuple(pixels.shape[:2]):
+        image = F.interpolate(image, covering, mode="bilinear", antialias=True)
+    place = place if crop == "random" else 0.5
+    top, left = (int(place * (edge - size + 1)) for edge, size in zip(covering, (height, width), strict=True))
+    return image[0, :, top : top + height, left : left + width].clamp(-1, 1)
+
+
+@contextmanager
+def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The open container and its video stream; whatever is wrong with a clip as ValueError."""
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("there is no such file" if not file.exists() else "it is no file")
+        # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
+        with file.open("rb") as handle, av.open(handle, options={"format_whitelist": FORMATS}) as container:
+            stream: Any = container.streams.best("video")
+            if stream is None:
+                raise ValueError("it holds no video")
+            _check_size(stream.codec_context.width, stream.codec_context.height)
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.FFmpegError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"it can not be decoded: {shown(reason)}") from None
+    except OSError as error:
+        raise ValueError(f"it can not be read: {error.strerror}") from None
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    for frame in container.decode(stream):
+        _check_size(frame.width, frame.height)
+        yield frame
+
+
+def _check_size(width: int, height: int) -> None:
+    if not (0 < width * height <= LARGEST_FRAME):
+        raise ValueError(f"its frames have {width} x {height} pixels; valid are 1 to {LARGEST_FRAME}")
+
+
+@contextmanager
+def _image(file: Path) -> Iterator[Image.Image]:
+    try:
+        if not file.is_file():
+            raise ValueError("there is no such file" if not file.exists() else "it is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as image:
+                _check_size(*image.size)
+                image.load()
+                yield ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"it can not be decoded: {shown(error)}") from None

@@ -1,0 +1,112 @@
+"""What is known of source files, so that a second start opens none of them: a line of JSON each, the last of a file counts.
+
+    {"path": ..., "size": ..., "mtime_ns": ..., "sha256": ..., "header": [width, height, frames, seconds], "bad": null,
+     "failed": {"81 frames at 16": "it has 40 frames ..."}}
+
+Lines are only ever added: a kill can cut the last one short, which is then read again; two processes may write at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dmdtrain.data.decode import Header, read_header
+
+
+@dataclass
+class Source:
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str = ""
+    header: list | None = None  # of a `Header`
+    bad: str | None = None  # why the file can not be used at all
+    failed: dict[str, str] = field(default_factory=dict)  # how it was to be read -> why that did not work
+
+
+class SourceIndex:
+    """The sources that a file lists, by their absolute paths."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._known: dict[str, Source] = {}
+        if file.exists():
+            for line in file.read_bytes().splitlines():
+                try:
+                    source = Source(**json.loads(line))
+                    self._known[source.path] = source
+                except (ValueError, TypeError, AttributeError):
+                    continue
+
+    def find(self, file: Path) -> Source | None:
+        """What is known of a file; None where that is nothing, or the file has changed since."""
+        source = self._known.get(os.path.abspath(file))
+        if source is None:
+            return None
+        try:
+            now = file.stat()
+        except OSError:
+            return None
+        return source if (source.size, source.mtime_ns) == (now.st_size, now.st_mtime_ns) else None
+
+    def add(self, source: Source) -> None:
+        self._known[source.path] = source
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(source)) + "\n"
+        handle = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(handle).st_size
+            cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # a kill left half a line
+            os.write(handle, (b"\n" if cut else b"") + line.encode())
+        finally:
+            os.close(handle)
+
+    def compact(self) -> None:
+        """Rewrites the file with the last line of every source that is still there."""
+        if not self.file.exists():
+            return
+        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}.partial")
+        kept = [source for source in self._known.values() if Path(source.path).exists()]
+        partial.write_text("".join(json.dumps(asdict(source)) + "\n" for source in kept), encoding="utf-8")
+        partial.rename(self.file)
+
+
+def inspect(file: Path) -> Source:
+    """Opens a file: its content's hash, and its header or what is wrong with it."""
+    path = os.path.abspath(file)
+    try:
+        now = file.stat()
+        if not file.is_file():
+            return Source(path, now.st_size, now.st_mtime_ns, bad="it is no file")
+        with file.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        return Source(path, -1, -1, bad=f"it can not be read: {error.strerror}")
+    source = Source(path, now.st_size, now.st_mtime_ns, digest)
+    try:
+        header = read_header(file)
+        source.header = [header.width, header.height, header.frames, header.seconds]
+    except ValueError as error:
+        source.bad = str(error)
+    return source
+
+
+def header_of(source: Source) -> Header:
+    assert source.header is not None
+    return Header(*source.header)
+
+
+def hash_of(index: SourceIndex, file: Path) -> str:
+    """SHA-256 of any file's content, computed again only where its size or time has changed."""
+    source = index.find(file)
+    if source is None or not source.sha256:
+        now = file.stat()
+        with file.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        source = Source(os.path.abspath(file), now.st_size, now.st_mtime_ns, digest)
+        index.add(source)
+    return source.sha256

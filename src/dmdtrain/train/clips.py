@@ -1,0 +1,234 @@
+"""The real clips of a run: what there is, and what can be used."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, VideoSet
+from dmdtrain.data.buckets import Size, bucket_size
+from dmdtrain.data.decode import check_length
+from dmdtrain.data.latents import holds_latents
+from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
+from dmdtrain.data.videos import IMAGES, Clip, Dropped, list_clips, shown
+from dmdtrain.train.log import Live
+from dmdtrain.train.setup import Run
+
+REPORT = "data_report.jsonl"
+READERS = min(8, os.cpu_count() or 1)  # files that are opened at once
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip that can be used. What it is made of, and not where it lies, says whether two are the same."""
+
+    sha256: str  # of the file
+    caption: str
+    size: Size  # (height, width) in pixels, of what is encoded
+    data_set: int
+    file: Path = field(repr=False, compare=False)
+    seconds: float = field(repr=False, compare=False)  # of the whole clip
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The samples of the data sets that one key of the configuration names."""
+
+    key: str
+    sets: list[VideoSet]
+    samples: list[Sample]
+    dropped: list[Dropped]
+
+
+def clip_sets(run: Run) -> dict[str, list[VideoSet]]:
+    """The data sets of clips that a run uses, by their key."""
+    config, found = run.config, {}
+    data = config.warmup.data
+    if config.warmup.kind == "teacher_forcing" and data and not holds_latents(Path(data).expanduser(), "warmup.data"):
+        found["warmup.data"] = [VideoSet(path=data)]
+    if config.data.videos is not None:
+        found["data.videos"] = config.data.videos
+    return found
+
+
+def warmup_key(run: Run) -> str | None:
+    """Whose clips the warm-up takes; None where it takes what the teacher made."""
+    if run.config.warmup.kind != "teacher_forcing":
+        return None
+    wanted = "data.videos" if run.config.warmup.data is None else "warmup.data"
+    return wanted if wanted in clip_sets(run) else None
+
+
+def num_frames(run: Run) -> int:
+    """Video frames of a clip: as many as the teacher is asked to judge in DMD."""
+    return 1 + VAE_TEMPORAL_FACTOR * (run.config.rollout.warmup_frames - 1)
+
+
+def cache_folder(run: Run) -> Path:
+    return run.output_dir / "cache" / "videos"
+
+
+def source_index(run: Run) -> SourceIndex:
+    return SourceIndex(cache_folder(run) / "sources.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------- what there is
+
+
+def scan(run: Run, console: Console) -> dict[str, Clips]:
+    """Lists and inspects the clips of a run; loads no model. What was inspected before is not opened again.
+
+    Raises:
+        ConfigError: a data set is missing or holds nothing usable; or, with data.on_bad_video error, a clip is bad.
+    """
+    sets = clip_sets(run)
+    if not sets:
+        return {}
+    index = source_index(run)
+    found = {}
+    for key, listed in sets.items():
+        samples: list[Sample] = []
+        dropped: list[Dropped] = []
+        for number, video_set in enumerate(listed):
+            name = key if key == "warmup.data" else f"{key}.{number}"
+            path = Path(video_set.path).expanduser()
+            if holds_latents(path, name):
+                raise ConfigError(f"{name}: {shown(path)} holds latents, not clips; valid as warmup.data")
+            clips, unlisted = list_clips(video_set, name)
+            sources = _inspect([clip.file for clip in clips], index, console)
+            used, unused = _sort_out(run, number, clips, sources)
+            samples += used
+            dropped += unlisted + unused
+        found[key] = Clips(key, listed, samples, dropped)
+    write_report(run, found)
+    for clips_found in found.values():
+        refuse_useless(run, clips_found)
+    return found
+
+
+def _inspect(files: list[Path], index: SourceIndex, console: Console) -> list[Source]:
+    known = {file: index.find(file) for file in files}
+    new = [file for file, source in known.items() if source is None or not (source.header or source.bad)]
+    if new:
+        done = len(known) - len(new)
+        with ThreadPoolExecutor(READERS) as pool, Live(len(known), done, console, unit="clip to read") as live:
+            for count, (file, source) in enumerate(ahead(pool, inspect, new, 4 * READERS), done + 1):
+                known[file] = source.result()
+                if source.result().size >= 0:
+                    index.add(source.result())
+                live.step(count, "")
+    return [known[file] for file in files]  # type: ignore[misc]
+
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A], depth: int
+) -> Iterator[tuple[A, Future[B]]]:
+    """Each item with its work, of which so many are under way."""
+    waiting: deque[tuple[A, Future[B]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > depth:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def _sort_out(run: Run, number: int, clips: list[Clip], sources: list[Source]) -> tuple[list[Sample], list[Dropped]]:
+    samples: dict[Sample, Sample] = {}
+    dropped = []
+    for clip, source in zip(clips, sources, strict=True):
+        try:
+            sample = _sample(run, number, clip, source)
+            if sample in samples:
+                raise ValueError(f"it is the same as {shown(samples[sample].file)}")
+            samples[sample] = sample
+        except ValueError as error:
+            dropped.append(Dropped(shown(clip.file), str(error)))
+    return list(samples), dropped
+
+
+def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
+    data = run.config.data
+    if reason := source.bad or source.failed.get(how_read(run)):
+        raise ValueError(reason)
+    header = header_of(source)
+    check_length(header, num_frames(run), data.fps, clip.file.suffix.lower() in IMAGES)
+    if min(header.width, header.height) < data.minimum_size:
+        raise ValueError(f"it has {header.width} x {header.height} pixels; data.minimum_size is {data.minimum_size}")
+    height, width = (edge * run.base.spatial_factor for edge in run.latent_shape[2:])
+    if data.buckets:
+        area, multiple = height * width, run.base.size_multiple
+        height, width = bucket_size(header.width, header.height, area, multiple, data.aspect_bucket_rounding)
+    return Sample(source.sha256, clip.caption, (height, width), number, clip.file, header.seconds or 0.0)
+
+
+def how_read(run: Run) -> str:
+    """How a clip is read; where that has failed, it is not tried again."""
+    return f"{num_frames(run)} frames at {run.config.data.fps}"
+
+
+def refuse_useless(run: Run, clips: Clips) -> None:
+    if clips.dropped and run.config.data.on_bad_video == "error":
+        first = clips.dropped[0]
+        raise ConfigError(f"{clips.key}: {first.where}: {first.reason}; mend it, or set data.on_bad_video: skip")
+    for number, video_set in enumerate(clips.sets):
+        if not any(sample.data_set == number for sample in clips.samples):
+            why = next((f"; the first: {d.where}: {d.reason}" for d in clips.dropped), "")
+            name = clips.key if clips.key == "warmup.data" else f"{clips.key}.{number}"
+            raise ConfigError(
+                f"{name}: no clip of {shown(video_set.path)} can be used; they need a caption and {_needed(run)}{why}"
+            )
+
+
+def _needed(run: Run) -> str:
+    fps = run.config.data.fps
+    return f"{num_frames(run)} frame{'s' * (num_frames(run) > 1)}" + ("" if fps is None else f" at {fps:g} a second")
+
+
+def write_report(run: Run, found: dict[str, Clips]) -> None:
+    """Lists what is not used, with reasons; a report of before goes where there is nothing to list."""
+    file = run.output_dir / REPORT
+    lines = [{"key": c.key, "where": d.where, "reason": d.reason} for c in found.values() for d in c.dropped]
+    if not lines:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{REPORT}.{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.rename(file)
+
+
+def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:
+    """What there is, for the user to read: samples by size, hours, what was dropped and mostly why."""
+    lines = []
+    for clips in found.values():
+        sizes = Counter(sample.size for sample in clips.samples)
+        each = ", ".join(f"{width}x{height} {count:,}" for (height, width), count in sizes.most_common(8))
+        more = f", and {len(sizes) - 8} sizes more" if len(sizes) > 8 else ""
+        hours = sum(sample.seconds for sample in clips.samples) / 3600
+        lines.append(
+            f"{clips.key:<15} {len(clips.samples):,} clips, {hours:.2f} hours, {_needed(run)} of each; {each}{more}"
+        )
+        if clips.dropped:
+            first = clips.dropped[0]
+            lines.append(
+                f"{'':<15} {len(clips.dropped):,} left out, listed in {run.output_dir / REPORT}; the first: "
+                f"{first.where}: {first.reason}"
+            )
+    return lines

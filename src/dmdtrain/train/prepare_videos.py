@@ -1,0 +1,199 @@
+"""The latents of a run's clips: encoded once, cached, verified, pruned."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dmdtrain.data.buckets import BucketSampler, streams_of
+from dmdtrain.data.decode import read_clip
+from dmdtrain.data.latents import LatentCache
+from dmdtrain.data.sources import SourceIndex, hash_of
+from dmdtrain.data.videos import Dropped, shown
+from dmdtrain.models.decode import encode_videos
+from dmdtrain.models.wan import WanFolder, load_vae, part_folder
+from dmdtrain.train.clips import (
+    REPORT,
+    Clips,
+    Sample,
+    ahead,
+    cache_folder,
+    how_read,
+    num_frames,
+    refuse_useless,
+    scan,
+    source_index,
+    write_report,
+)
+from dmdtrain.train.log import Live
+from dmdtrain.train.setup import Run, device_of_this_machine
+
+AHEAD = 2  # clips that are decoded while another is encoded
+STALE_SECONDS = 3600.0  # after which nobody is taken to write a partial file any more
+
+
+def latent_cache(run: Run) -> LatentCache:
+    return LatentCache(cache_folder(run) / "latents")
+
+
+def codec_identity(folder: WanFolder, index: SourceIndex) -> str:
+    """What of the codec decides latents: its configuration and the content of its weights."""
+    weights = sorted(part_folder(folder, "vae").glob("*.safetensors"))
+    parts = [json.dumps(folder.vae, sort_keys=True), *(hash_of(index, file) for file in weights)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def latent_name(run: Run, codec: str, sample: Sample) -> str:
+    """The name of a sample's latents: whatever decides them is in it."""
+    height, width = sample.size
+    data = run.config.data
+    parts = (sample.sha256, codec, height, width, num_frames(run), data.fps, data.crop, "float32 to float16", 1)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None = None) -> dict[str, Clips]:
+    """Encodes what is missing of the latents of a run's clips. A clip that can not be decoded is left out, and remembered.
+
+    scanned: what `scan` has found, where that was done already.
+    """
+    found = scan(run, console) if scanned is None else scanned
+    if not found:
+        return found
+    cache, index = latent_cache(run), source_index(run)
+    codec = codec_identity(run.base, index)
+    names = {sample: latent_name(run, codec, sample) for clips in found.values() for sample in clips.samples}
+    there = cache.names()
+    missing = {name: sample for sample, name in names.items() if name not in there}
+    failed = _encode(run, missing, cache, console) if missing else {}
+    if not failed:
+        return found
+    for key, clips in found.items():
+        lost = [sample for sample in clips.samples if names[sample] in failed]
+        for sample in lost:
+            if source := index.find(sample.file):
+                source.failed[how_read(run)] = failed[names[sample]]
+                index.add(source)
+        used = [sample for sample in clips.samples if names[sample] not in failed]
+        dropped = clips.dropped + [Dropped(shown(sample.file), failed[names[sample]]) for sample in lost]
+        found[key] = Clips(key, clips.sets, used, dropped)
+    write_report(run, found)
+    for clips in found.values():
+        refuse_useless(run, clips)
+    name, reason = next(iter(failed.items()))
+    console.print(
+        f"{len(failed):,} clips could not be decoded and are left out, listed in {run.output_dir / REPORT}; "
+        f"the first: {shown(missing[name].file)}: {reason}",
+        soft_wrap=True,
+        markup=False,
+    )
+    return found
+
+
+def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: Console) -> dict[str, str]:
+    """Writes the latents of named samples; the names of those that could not be decoded, each with the reason."""
+    data, device = run.config.data, device_of_this_machine()
+
+    def read(item: tuple[str, Sample]) -> torch.Tensor:
+        sample = item[1]
+        place = int(sample.sha256[:13], 16) / 16**13
+        return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place)
+
+    failed: dict[str, str] = {}
+    with (
+        codec_of(run, device) as vae,
+        ThreadPoolExecutor(AHEAD) as pool,
+        Live(len(missing), 0, console, unit="clip") as live,
+    ):
+        for count, ((name, _), video) in enumerate(ahead(pool, read, missing.items(), AHEAD), 1):
+            try:
+                latents = encode_videos(vae, video.result()[None].to(device))[0]
+                if not torch.isfinite(latents).all():
+                    raise ValueError("its latents are not finite")
+                cache.write(name, latents)
+            except ValueError as error:
+                failed[name] = str(error)
+                if data.on_bad_video == "error":
+                    break
+            live.step(count, "")
+    return failed
+
+
+@contextmanager
+def codec_of(run: Run, device: torch.device) -> Iterator[Any]:
+    """The codec, loaded for the while and freed after it."""
+    vae = load_vae(run.base).to(device)
+    try:
+        yield vae
+    finally:
+        del vae
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class ClipLoader:
+    """Encoded clips, a bucket at a time."""
+
+    def __init__(self, run: Run, clips: Clips, seed: int):
+        index = source_index(run)
+        self.run, self.cache, self.codec = run, latent_cache(run), codec_identity(run.base, index)
+        samples = clips.samples
+        weights, repeats = [s.weight for s in clips.sets], [s.repeats for s in clips.sets]
+        streams = streams_of(samples, [s.size for s in samples], [s.data_set for s in samples], weights, repeats)
+        self.sampler = BucketSampler(streams, seed)
+
+    def draw(self, n: int) -> tuple[list[str], torch.Tensor, None]:
+        """Captions and latents [n, C, T, H, W], all of one size; clips have no states."""
+        drawn = self.sampler.draw(n)
+        latents = self.cache.read([latent_name(self.run, self.codec, sample) for sample in drawn])
+        return [sample.caption for sample in drawn], latents, None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError where the clips are others."""
+        self.sampler.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------- care of the cache
+
+
+def verify_videos(run: Run, console: Console) -> int:
+    """Checks every latent file of the run's cache against its checksum; how many were damaged and are removed."""
+    cache, damaged = latent_cache(run), 0
+    names = sorted(cache.names())
+    if not names:
+        return 0
+    with Live(len(names), 0, console, unit="file to check") as live:
+        for count, name in enumerate(names, 1):
+            if problem := cache.check(name):
+                damaged += 1
+                cache.remove(name)
+                console.print(f"removed {cache.file(name)}: {problem}", soft_wrap=True, markup=False)
+            live.step(count, "")
+    return damaged
+
+
+def prune_videos(run: Run, console: Console) -> tuple[int, int]:
+    """Removes latents that the run does not use, and what killed writers left: how many files, how many bytes."""
+    cache, index = latent_cache(run), source_index(run)
+    found = scan(run, console)
+    codec_id = codec_identity(run.base, index) if found else ""
+    wanted = {latent_name(run, codec_id, sample) for clips in found.values() for sample in clips.samples}
+    stale = [cache.file(name) for name in cache.names() - wanted]
+    stale += [f for f in cache.leftovers() if time.time() - f.stat().st_mtime > STALE_SECONDS]
+    size = sum(file.stat().st_size for file in stale)
+    for file in stale:
+        file.unlink(missing_ok=True)
+    source_index(run).compact()
+    return len(stale), size

@@ -1,0 +1,55 @@
+"""The student's flow-matching loss on real clips, beside DMD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from dmdtrain.models.encode import TextCache
+from dmdtrain.models.roles import Roles
+from dmdtrain.train.prepare_videos import ClipLoader
+from dmdtrain.train.setup import Run
+from dmdtrain.train.step import Stats
+from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
+
+
+class RealData:
+    """Clips and randomness of its own: what DMD draws is the same with it and without.
+
+    Bidirectional students: flow matching at a uniform timestep, shifted like the teacher's schedule. Causal students: the loss
+    of teacher forcing.
+    """
+
+    def __init__(
+        self, run: Run, clips: ClipLoader, roles: Roles, text: TextCache, autocast: Callable[[], AbstractContextManager]
+    ):
+        self.run, self.clips, self.roles, self.text, self.autocast = run, clips, roles, text, autocast
+        self.generator = torch.Generator().manual_seed(run.config.train.seed + 3)
+
+    def backward(self) -> Stats:
+        """Accumulates the student's gradient of an update's clips, scaled by dmd.real_data_loss_weight; the loss is not."""
+        config = self.run.config
+        n, micro = config.samples_per_update, config.train.batch_size
+        captions, clean, _ = self.clips.draw(n)
+        context = self.text.get(captions)
+        batch = draw_warmup(config, self.run.timesteps, self.run.flow_shift, context, clean, None, self.generator)
+        total = torch.zeros((), device=self.text.device)
+        for start in range(0, n, micro):
+            rows = batch.rows(start, start + micro).to(self.text.device)
+            weight = config.dmd.real_data_loss_weight * micro / n
+            total += warmup_backward(self.roles, config.rollout, rows, weight, self.autocast)["warmup_loss"] * (
+                micro / n
+            )
+        return {"real_data_loss": total}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"generator": self.generator.get_state()} | {
+            f"clips.{key}": value for key, value in self.clips.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises ValueError where the clips are others."""
+        self.generator.set_state(state["generator"])
+        self.clips.load_state_dict({k.removeprefix("clips."): v for k, v in state.items() if k.startswith("clips.")})
