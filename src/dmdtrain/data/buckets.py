@@ -12,17 +12,17 @@ from typing import Generic, TypeVar
 
 import torch
 
-WIDEST = 4.0  # aspect ratio of a bucket; what is wider still is cropped to it
+WIDEST = 4.0  # long to short edge of a bucket; what is wider still is cropped to it
 Size = tuple[int, int]
 
 
 def bucket_size(width: int, height: int, area: int, multiple: int, rounding: int) -> Size:
-    """(height, width) in pixels for a clip: about `area` pixels in its aspect ratio, rounded to `rounding` decimals, each
-    edge a multiple of `multiple`."""
-    least = max(10.0**-rounding, 1 / WIDEST)
-    aspect = min(WIDEST, max(least, round(width / height, rounding)))
-    high, wide = math.sqrt(area / aspect), math.sqrt(area * aspect)
-    return max(multiple, round(high / multiple) * multiple), max(multiple, round(wide / multiple) * multiple)
+    """(height, width) in pixels for a clip: about `area` pixels in its aspect ratio (long to short edge, rounded to so many
+    decimals), each edge a multiple of `multiple`."""
+    aspect = min(WIDEST, round(max(width, height) / min(width, height), rounding))
+    edges = math.sqrt(area / aspect), math.sqrt(area * aspect)
+    short, long = (max(multiple, round(edge / multiple) * multiple) for edge in edges)
+    return (short, long) if width >= height else (long, short)
 
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -22,6 +22,7 @@ from dmdtrain.data.videos import IMAGES, shown
 LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg"
+SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
 HD = 720  # lines from which video that does not say so is BT.709
 
 
@@ -71,7 +72,8 @@ def check_length(header: Header, num_frames: int, fps: float | None, image: bool
             raise ValueError(f"it has {header.frames} frames; {num_frames} are needed")
     elif header.seconds is None:
         raise ValueError("it has no time stamps, which data.fps needs")
-    elif header.seconds < (needed := (num_frames - 1) / fps):
+    elif header.seconds * fps - SLACK <= num_frames - 1:
+        needed = (num_frames - 1) / fps
         raise ValueError(f"it lasts {header.seconds:.2f} s; {num_frames} frames at {fps:g} a second need {needed:.2f}")
 
 
@@ -128,7 +130,7 @@ def _chosen(frames: Iterator[Any], stream: Any, num_frames: int, fps: float | No
             now = count * interval
         start = now if start is None else start
         if held is not None:
-            due = min(num_frames, max(taken, math.ceil((now - start) * fps - 1e-6)))
+            due = min(num_frames, max(taken, math.ceil((now - start) * fps - SLACK)))
             if due > taken:
                 yield held, due - taken
                 taken = due
@@ -137,7 +139,7 @@ def _chosen(frames: Iterator[Any], stream: Any, num_frames: int, fps: float | No
             return
         held, time = frame, now - start
     if held is not None:  # the last frame is seen for as long as one lasts
-        due = min(num_frames, math.ceil((time + (interval or 0.0)) * fps - 1e-6))
+        due = min(num_frames, math.ceil((time + (interval or 0.0)) * fps - SLACK))
         if max(due, 1) > taken:
             yield held, max(due, 1) - taken
 
@@ -183,22 +185,36 @@ def _fitted(pixels: np.ndarray, aspect: float, height: int, width: int, crop: st
 @contextmanager
 def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
     """The open container and its video stream; whatever is wrong with a clip as ValueError."""
+    # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
+    with _opened(file) as handle, _decodable(), av.open(handle, options={"format_whitelist": FORMATS}) as container:
+        stream: Any = container.streams.best("video")
+        if stream is None:
+            raise ValueError("it holds no video")
+        _check_size(stream.codec_context.width, stream.codec_context.height)
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[IO[bytes]]:
     try:
         if not file.is_file():  # a pipe would be waited for
-            raise ValueError("there is no such file" if not file.exists() else "it is no file")
-        # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
-        with file.open("rb") as handle, av.open(handle, options={"format_whitelist": FORMATS}) as container:
-            stream: Any = container.streams.best("video")
-            if stream is None:
-                raise ValueError("it holds no video")
-            _check_size(stream.codec_context.width, stream.codec_context.height)
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except (av.FFmpegError, IndexError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"it can not be decoded: {shown(reason)}") from None
+            raise ValueError("it is no file" if file.exists() else "there is no such file")
+        handle = file.open("rb")
     except OSError as error:
         raise ValueError(f"it can not be read: {error.strerror}") from None
+    with handle:
+        yield handle
+
+
+@contextmanager
+def _decodable() -> Iterator[None]:
+    try:
+        yield
+    except (av.error.ArgumentError, av.error.InvalidDataError):
+        raise ValueError(f"it can not be decoded: it is broken, or none of {FORMATS}") from None
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"it can not be decoded: {shown(getattr(error, 'strerror', None) or error)}") from None
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
@@ -214,14 +230,14 @@ def _check_size(width: int, height: int) -> None:
 
 @contextmanager
 def _image(file: Path) -> Iterator[Image.Image]:
-    try:
-        if not file.is_file():
-            raise ValueError("there is no such file" if not file.exists() else "it is no file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+    """An upright image; whatever is wrong with it as ValueError."""
+    with _opened(file) as handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(handle) as image:
                 _check_size(*image.size)
-                image.load()
                 yield ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"it can not be decoded: {shown(error)}") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"it has more than {LARGEST_FRAME} pixels") from None
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"it can not be decoded: {shown(error)}") from None

@@ -1,0 +1,559 @@
+"""Data sets of clips: layouts, what is wrong with real ones, buckets, and the order of draws."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from clip_files import LOSSLESS, write_clip
+from conftest import refused
+from PIL import Image
+from rich.console import Console
+
+from dmdtrain.config import ConfigError, VideoSet, build
+from dmdtrain.data.buckets import BucketSampler, Stream, bucket_size, streams_of
+from dmdtrain.data.videos import list_clips
+from dmdtrain.train import clips as run_clips
+from dmdtrain.train import setup
+from dmdtrain.train.clips import scan
+from dmdtrain.train.prepare_videos import prepare_videos
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def resolve(settings, tmp_path):
+    """A run of 5-frame clips on tmp_path / clips, with {"group.key": value} applied."""
+
+    def run(changes: dict | None = None) -> setup.Run:
+        values = settings | {"dmd": {"real_data_loss_weight": 0.5}, "rollout": {"num_training_frames": 2}}
+        values["data"] = values["data"] | {"videos": str(tmp_path / "clips")}
+        for key, value in (changes or {}).items():
+            group, name = key.split(".")
+            values[group] = values.get(group, {}) | {name: value}
+        return setup.resolve(build(values))
+
+    return run
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A clip of 6 frames that is as it should be."""
+    return write_clip(tmp_path_factory.mktemp("good") / "good.mp4", 6)
+
+
+def put(good: Path, folder: Path, name: str = "good", caption: str | bytes | None = "a red cat runs") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.mp4"
+    shutil.copy(good, file)
+    if caption is not None:
+        file.with_suffix(".txt").write_bytes(caption.encode() if isinstance(caption, str) else caption)
+    return file
+
+
+def listed(path: Path, **options) -> tuple[dict[str, str], dict[str, str]]:
+    """Captions by file name, and reasons by what was dropped."""
+    found, dropped = list_clips(VideoSet(path=str(path), **options), "data.videos.0")
+    return {clip.file.name: clip.caption for clip in found}, {item.where: item.reason for item in dropped}
+
+
+# ---------------------------------------------------------------------------------------------------- layouts
+
+
+def test_captions_beside_clips_at_any_depth(good, clips, tmp_path):
+    put(good, clips, "b", "\ufeffa  dog\r\n\r\n sleeps\t")
+    put(good, clips / "deep" / "er", "a", "a cat")
+    put(good, clips / "日本 語", "été🎬", "雪の中の狐")
+    put(good, clips / ".hidden", "x")
+    put(good, clips, ".partial", "x")
+    put(good, tmp_path / "elsewhere", "linked", "a link")
+    (clips / "link").symlink_to(tmp_path / "elsewhere")
+    (clips / "deep" / "loop").symlink_to(clips)
+    (clips / "again").symlink_to(clips / "deep")
+    (clips / "notes.md").write_text("no clip")
+    put(good, clips, "none", None)
+    found, dropped = listed(clips)
+    assert found == {"b.mp4": "a dog sleeps", "a.mp4": "a cat", "été🎬.mp4": "雪の中の狐", "linked.mp4": "a link"}
+    assert dropped == {str(clips / "none.mp4"): "it has no caption (none.txt)"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_metadata_files(clips, kind, column):
+    rows = [("a.mp4", 'a "red", cat\nruns'), ("sub/b.webm", "雪"), ("c.mov", "x")]
+    with (clips / f"metadata.{kind}").open("w", encoding="utf-8-sig", newline="") as handle:
+        if kind == "csv":
+            csv.writer(handle).writerows([("id", "file_name", column), *((0, *row) for row in rows)])
+        else:
+            handle.writelines(json.dumps({"id": 0, "file_name": n, column: t}) + "\r\n\n" for n, t in rows)
+    wanted = {"a.mp4": 'a "red", cat runs', "b.webm": "雪", "c.mov": "x"}
+    assert listed(clips) == listed(clips / f"metadata.{kind}") == (wanted, {})
+    assert listed(clips, caption_column=column) == (wanted, {})
+    with pytest.raises(ConfigError) as caught:
+        listed(clips, caption_column="words")
+    assert str(caught.value) == (
+        f"data.videos.0.caption_column: {clips / f'metadata.{kind}'} has no column words; its columns: "
+        f"{', '.join(sorted(['id', 'file_name', column]))}"
+    )
+
+
+def test_a_chosen_caption_column_comes_before_the_usual_ones(clips):
+    (clips / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "short", "long": "long one"}\n')
+    assert listed(clips)[0] == {"a.mp4": "short"}
+    assert listed(clips, caption_column="long")[0] == {"a.mp4": "long one"}
+
+
+OUT = "its file_name leads out of the folder"
+LINES = {
+    '{"file_name": "../x.mp4", "text": "x"}': f"{OUT}: ../x.mp4",
+    '{"file_name": "a/../../x.mp4", "text": "x"}': OUT,
+    '{"file_name": "/etc/x.mp4", "text": "x"}': OUT,
+    '{"file_name": "a\\u0000.mp4", "text": "x"}': "its file_name is binary",
+    '{"file_name": "", "text": "x"}': "it has no file_name",
+    '{"file_name": 3, "text": "x"}': "it has no file_name",
+    '{"text": "x"}': "it has no file_name",
+    '{"file_name": "passwd", "text": "x"}': "neither a video nor an image: passwd",
+    '{"file_name": "http://host/x.html", "text": "x"}': "neither a video nor an image",
+    '{"file_name": "a.mp4"}': "it has no caption",
+    '{"file_name": "a.mp4", "text": null}': "it has no caption",
+    '{"file_name": "a.mp4", "text": ["x"]}': "its caption is no text: ['x']",
+    '{"file_name": "a.mp4", "text": " \\n"}': "its caption is empty",
+    '{"file_name": "a.mp4", "text": "\\u0000"}': "its caption is binary",
+    '{"file_name": "a.mp4", "text": "\\ud800"}': "its caption is no UTF-8 text",
+    '{"file_name": "a.mp4", "text": "x"': "it is no JSON object",
+    '["a.mp4", "x"]': "it is no JSON object",
+    "[" * 20000: "it is no JSON object",
+}
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
+def test_bad_lines_of_metadata(clips, line):
+    (clips / "metadata.jsonl").write_text('{"file_name": "good.mp4", "text": "x"}\n' + line)
+    found, dropped = listed(clips)
+    assert found == {"good.mp4": "x"}
+    ((where, reason),) = dropped.items()
+    assert where.startswith(f"{clips / 'metadata.jsonl'}, line 2") and LINES[line] in reason
+
+
+def test_csv_lines_of_the_wrong_length(clips):
+    (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\n")
+    found, dropped = listed(clips)
+    assert found == {"good.mp4": "x"}
+    assert list(dropped.values()) == ["it has more fields than the first line", "it has no caption"]
+
+
+def broken_metadata(clips: Path) -> dict[str, bytes]:
+    return {
+        "metadata.jsonl": b"\xff\xfe\x00",
+        "metadata.csv": b'file_name,text\na.mp4,"' + b"x" * 200_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metadata.jsonl", b"\xff\xfe\x00", "can not be read"),
+        ("metadata.csv", b'file_name,text\na.mp4,"' + b"x" * 200_000, "can not be read"),
+        ("metadata.jsonl", b"", "has no column file_name; its columns: none"),
+        ("metadata.csv", b"", "has no column file_name; its columns: none"),
+        ("metadata.csv", b"path,text\na.mp4,x\n", "has no column file_name; its columns: path, text"),
+        ("metadata.csv", b"file_name,words\na.mp4,x\n", "has no column text or caption or prompt"),
+        ("metadata.jsonl", b"not json\n", "has no column file_name"),
+    ],
+)
+def test_metadata_that_can_not_be_read(clips, name, content, says):
+    (clips / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        listed(clips)
+    assert str(caught.value).startswith("data.videos.0") and says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_data_sets_that_are_none(good, clips, tmp_path):
+    def says(path: Path, **options) -> str:
+        with pytest.raises(ConfigError) as caught:
+            listed(path, **options)
+        return str(caught.value)
+
+    assert "no such folder; valid are" in says(tmp_path / "none")
+    assert "holds no clips; valid are" in says(clips)
+    put(good, clips)
+    assert "no such folder; valid are" in says(clips / "good.mp4")
+    assert says(clips, caption_column="x").startswith("data.videos.0.caption_column: x: ")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (clips / name).write_text("")
+    assert "holds metadata.jsonl and metadata.csv; name the one that counts" in says(clips)
+
+
+# ---------------------------------------------------------------------------------------------------- bad clips
+
+
+def cut(file: Path, share: float) -> None:
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+
+
+def nan_rate(file: Path) -> None:
+    """An AVI whose header says 0 / 0 frames a second."""
+    write_clip(file, 6, codec="mpeg4", caption=None)
+    data = bytearray(file.read_bytes())
+    at = data.index(b"strh") + 8
+    data[at + 20 : at + 28] = struct.pack("<II", 0, 0)
+    data[32:36] = struct.pack("<I", 0)
+    file.write_bytes(bytes(data))
+
+
+def huge(file: Path) -> None:
+    """A PNG that claims 60000 x 60000 pixels."""
+    Image.new("L", (8, 8)).save(file)
+    data = bytearray(file.read_bytes())
+    data[16:24] = struct.pack(">II", 60000, 60000)
+    import zlib
+
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    file.write_bytes(bytes(data))
+
+
+def audio_alone(file: Path) -> None:
+    import av
+    import numpy as np
+
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for _ in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def garbled(file: Path) -> None:
+    """The container is whole; what is in it is noise."""
+    write_clip(file, 6, caption=None)
+    data = bytearray(file.read_bytes())
+    start = data.index(b"mdat") + 4
+    length = struct.unpack(">I", data[start - 8 : start - 4])[0] - 8
+    data[start : start + length] = bytes((i * 97 + 13) % 256 for i in range(length))
+    file.write_bytes(bytes(data))
+
+
+PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/hosts\n#EXT-X-ENDLIST\n"
+
+# What is put into the folder, and what the report says of it. {} in a name: the clip's own.
+BAD = {
+    "empty file": (lambda f: f.write_bytes(b""), ".mp4", "it can not be decoded"),
+    "text": (lambda f: f.write_text("hello " * 100), ".mp4", "it can not be decoded"),
+    "zeros": (lambda f: f.write_bytes(bytes(5000)), ".mkv", "it can not be decoded"),
+    "noise": (lambda f: f.write_bytes(bytes((i * i) % 251 for i in range(5000))), ".avi", "it can not be decoded"),
+    "an html page": (lambda f: f.write_text("<!DOCTYPE html><html>404</html>"), ".webm", "it can not be decoded"),
+    "a playlist": (lambda f: f.write_text(PLAYLIST), ".mp4", "it can not be decoded"),
+    "a concat script": (
+        lambda f: f.write_text("ffconcat version 1.0\nfile /etc/hosts\n"),
+        ".mp4",
+        "can not be decoded",
+    ),
+    "a list for git": (
+        lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        ".mp4",
+        "not be decoded",
+    ),
+    "cut at its head": (lambda f: (write_clip(f, 6, caption=None), cut(f, 0.05)), ".mp4", "it can not be decoded"),
+    "cut in the middle": (lambda f: (write_clip(f, 6, caption=None), cut(f, 0.5)), ".mp4", "it can not be decoded"),
+    "cut at its end": (
+        lambda f: (write_clip(f, 6, (64, 96), *LOSSLESS, caption=None), cut(f, 0.5)),
+        ".mkv",
+        "frames; 5 are needed",
+    ),
+    "garbled": (garbled, ".mp4", "it"),
+    "short": (lambda f: write_clip(f, 4, caption=None), ".mp4", "it has 4 frames; 5 are needed"),
+    "one frame": (lambda f: write_clip(f, 1, caption=None), ".mkv", "it has 1 frames; 5 are needed"),
+    "short gif": (lambda f: write_clip(f, 2, (32, 32), "gif", "rgb8", 10, caption=None), ".gif", "5 are needed"),
+    "sound alone": (audio_alone, ".mp4", "it holds no video"),
+    "a folder": (lambda f: f.mkdir(), ".mp4", None),  # is walked into, and holds nothing
+    "a pipe": (os.mkfifo, ".mp4", "it is no file"),
+    "a link to nowhere": (lambda f: f.symlink_to("nowhere.mp4"), ".mp4", "it can not be read: No such file"),
+    "a link to itself": (lambda f: f.symlink_to(f.name), ".mp4", "it can not be read: Too many levels"),
+    "an image": (lambda f: Image.new("RGB", (64, 64)).save(f), ".png", "it is an image; 5 frames are needed"),
+    "a broken image": (lambda f: f.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)), ".png", "it can not be decoded"),
+    "half an image": (
+        lambda f: (Image.effect_noise((64, 64), 50).save(f), cut(f, 0.5)),
+        ".jpg",
+        "it can not be decoded",
+    ),
+    "a huge image": (huge, ".png", "it has more than 67108864 pixels"),
+    "tiny": (
+        lambda f: write_clip(f, 6, (16, 96), caption=None),
+        ".mp4",
+        "it has 96 x 16 pixels; data.minimum_size is 24",
+    ),
+}
+CAPTIONS = {
+    "no caption": (None, "it has no caption (bad.txt)"),
+    "empty caption": (b"", "its caption is empty"),
+    "blank caption": (b" \r\n\t\xc2\xa0", "its caption is empty"),
+    "mark alone": (b"\xef\xbb\xbf", "its caption is empty"),
+    "latin-1": ("un été".encode("latin-1"), "its caption is no UTF-8 text"),
+    "utf-16": ("a cat".encode("utf-16"), "its caption is no UTF-8 text"),
+    "binary": (bytes(range(32, 127)) + b"\0" * 9, "its caption is binary"),
+    "endless": (b"word " * 30_000, "its caption has 150000 bytes"),
+}
+
+
+def report(run: setup.Run) -> list[dict]:
+    file = run.output_dir / "data_report.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_clips_are_left_out_with_a_reason(resolve, good, clips, name):
+    make, suffix, reason = BAD[name]
+    put(good, clips)
+    bad = clips / f"bad{suffix}"
+    make(bad)
+    bad.with_suffix(".txt").write_text("a dog")
+    run = resolve({"data.minimum_size": 24})
+    found = prepare_videos(run, QUIET)["data.videos"]
+    assert [sample.file.name for sample in found.samples] == ["good.mp4"]
+    if reason is None:
+        assert report(run) == []
+        return
+    (line,) = report(run)
+    assert line["key"] == "data.videos" and line["where"] == str(bad) and reason in line["reason"], line
+    with pytest.raises(ConfigError, match=r"data.videos: .*bad.*mend it, or set data.on_bad_video: skip"):
+        prepare_videos(resolve({"data.minimum_size": 24, "data.on_bad_video": "error"}), QUIET)
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_bad_captions_are_left_out_with_a_reason(resolve, good, clips, name):
+    caption, reason = CAPTIONS[name]
+    put(good, clips)
+    put(good, clips, "bad", caption)
+    run = resolve()
+    assert len(scan(run, QUIET)["data.videos"].samples) == 1
+    assert [(line["where"], line["reason"][: len(reason)]) for line in report(run)] == [
+        (str(clips / "bad.mp4"), reason)
+    ]
+
+
+def test_what_is_unusual_and_fine(resolve, good, clips):
+    put(good, clips, "new\nline\x1b", "a dog")
+    put(good, clips, "long " + "x" * 200, "a cat " * 2000)
+    os.rename(put(good, clips, "x", "a cat"), os.fsencode(clips) + b"/\xff\xfe.mp4")
+    os.rename(clips / "x.txt", os.fsencode(clips) + b"/\xff\xfe.txt")
+    write_clip(clips / "wide.mp4", 6, (32, 640))
+    write_clip(clips / "named wrongly.mp4", 6, (32, 48), "libvpx-vp9").rename(clips / "webm in.avi")
+    (clips / "named wrongly.txt").rename(clips / "webm in.txt")
+    shutil.copy(good, clips / "UPPER.MP4")
+    (clips / "UPPER.txt").write_text("upper")
+    nan_rate(clips / "rate.avi")
+    (clips / "rate.txt").write_text("no rate")
+    run = resolve()
+    found = prepare_videos(run, QUIET)["data.videos"]
+    assert len(found.samples) == 7 and report(run) == []
+    faster = prepare_videos(resolve({"data.fps": 12}), QUIET)["data.videos"]
+    assert len(faster.samples) == 6 and "rate.avi" in faster.dropped[0].where  # without a rate it lasts 0.24 s
+    bad = put(good, clips, "two\nlines", "")
+    assert "two\\nlines.mp4" in scan(run, QUIET)["data.videos"].dropped[0].where and bad.exists()
+
+
+def test_duplicates_are_left_out(resolve, good, clips):
+    put(good, clips, "a")
+    put(good, clips, "b")  # the same content and caption
+    put(good, clips, "c", "another caption")
+    run = resolve()
+    found = scan(run, QUIET)["data.videos"]
+    assert [sample.file.name for sample in found.samples] == ["a.mp4", "c.mp4"]
+    assert [line["reason"] for line in report(run)] == [f"it is the same as {clips / 'a.mp4'}"]
+
+
+def test_images_serve_runs_on_one_frame(resolve, clips):
+    Image.new("RGB", (64, 48), "red").save(clips / "a.png")
+    (clips / "a.txt").write_text("a red thing")
+    run = resolve({"rollout.num_training_frames": 1})
+    (sample,) = prepare_videos(run, QUIET)["data.videos"].samples
+    assert sample.size == (48, 32) and report(run) == []
+
+
+def test_nothing_usable_is_refused_and_reported(resolve, good, clips, settings):
+    put(good, clips, "a", "")
+    put(good, clips, "b", "")
+    run = resolve()
+    with pytest.raises(ConfigError) as caught:
+        scan(run, QUIET)
+    says = (
+        f"data.videos.0: no clip of {clips} can be used; they need a caption and 5 frames; the first: {clips / 'a.mp4'}"
+    )
+    assert str(caught.value) == f"{says}: its caption is empty"
+    assert len(report(run)) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- looking once
+
+
+def test_a_file_is_opened_once_until_it_changes(resolve, good, clips, monkeypatch):
+    opened = []
+    inspect = run_clips.inspect
+    monkeypatch.setattr(run_clips, "inspect", lambda file: opened.append(file.name) or inspect(file))
+    put(good, clips, "a")
+    put(good, clips, "b", "b")
+    (clips / "c.mp4").write_text("broken")
+    (clips / "c.txt").write_text("c")
+    run = resolve()
+    assert len(scan(run, QUIET)["data.videos"].samples) == 2 and sorted(opened) == ["a.mp4", "b.mp4", "c.mp4"]
+    scan(run, QUIET)
+    assert len(opened) == 3
+    write_clip(clips / "c.mp4", 6, caption=None)
+    assert len(scan(run, QUIET)["data.videos"].samples) == 3 and opened[3:] == ["c.mp4"]
+    index = run.output_dir / "cache" / "videos" / "sources.jsonl"
+    lines = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(b"".join(lines[:-1]) + b"[1]\nnot json\n" + lines[-1][:20])  # a kill in mid-line, and worse
+    assert len(scan(run, QUIET)["data.videos"].samples) == 3 and opened[4:] == ["c.mp4"]
+    assert len(scan(run, QUIET)["data.videos"].samples) == 3 and len(opened) == 5
+
+
+# ---------------------------------------------------------------------------------------------------- buckets
+
+
+@pytest.mark.parametrize(
+    ("size", "rounding", "wanted"),
+    [
+        ((1920, 1080), 2, (480, 848)),
+        ((1080, 1920), 2, (848, 480)),
+        ((1280, 1000), 2, (560, 720)),
+        ((1000, 1000), 2, (640, 640)),
+        ((1000, 1000), 0, (640, 640)),
+        ((1300, 1000), 0, (640, 640)),  # 1.3 is 1
+        ((400, 1000), 0, (912, 448)),  # 2.5 is 2
+        ((10000, 100), 2, (320, 1280)),
+    ],
+)
+def test_sizes_of_buckets(size, rounding, wanted):
+    area = 640 * 640 if size[0] not in (1920, 1080) else 832 * 480
+    found = bucket_size(*size, area, 16, rounding)
+    assert found == wanted
+    assert all(edge % 16 == 0 for edge in found) and found[0] * found[1] == pytest.approx(area, rel=0.06)
+
+
+def test_each_clip_in_the_bucket_of_its_aspect(resolve, clips):
+    for name, size in (("a", (64, 96)), ("b", (96, 64)), ("c", (64, 98)), ("d", (64, 64))):
+        write_clip(clips / f"{name}.mp4", 6, size, caption=name)
+    sizes = lambda **c: {  # noqa: E731
+        s.caption: s.size for s in scan(resolve({f"data.{k}": v for k, v in c.items()}), QUIET)["data.videos"].samples
+    }
+    assert set(sizes(resolution="64x64").values()) == {(64, 64)}
+    assert sizes(resolution="64x64", buckets=True) == {"a": (48, 80), "b": (80, 48), "c": (48, 80), "d": (64, 64)}
+    coarse = sizes(resolution="64x64", buckets=True, aspect_bucket_rounding=0)
+    assert coarse == {"a": (48, 96), "b": (96, 48), "c": (48, 96), "d": (64, 64)}
+
+
+# ---------------------------------------------------------------------------------------------------- the order
+
+
+def sampler(repeats=(1, 1), weights=(None, None), seed: int = 0) -> BucketSampler[str]:
+    """10 wide and 5 tall items of set 0; 20 wide ones of set 1."""
+    items = [f"a{i}" for i in range(15)] + [f"b{i}" for i in range(20)]
+    buckets = ["wide"] * 10 + ["tall"] * 5 + ["wide"] * 20
+    return BucketSampler(streams_of(items, buckets, [0] * 15 + [1] * 20, weights, repeats), seed)
+
+
+def bucket_of(item: str) -> str:
+    return "tall" if item[0] == "a" and int(item[1:]) >= 10 else "wide"
+
+
+def test_draws_are_of_one_bucket_and_every_item_comes_as_often():
+    drawn = sampler()
+    batches = [drawn.draw(5) for _ in range(70)]
+    assert all(len({bucket_of(item) for item in batch}) == 1 for batch in batches)
+    counts = Counter(item for batch in batches for item in batch)
+    assert len(counts) == 35 and set(counts.values()) <= {9, 10, 11}
+    whole = BucketSampler([Stream("one", 1.0, list(range(12)))], 0)
+    for _ in range(3):  # every item once an epoch, in another order
+        assert sorted(whole.draw(12)) == list(range(12))
+    assert whole.draw(12) != whole.draw(12)
+
+
+def test_repeats_and_weights():
+    def share_of_a(**options) -> float:
+        drawn = sampler(**options)
+        items = [item for _ in range(400) for item in drawn.draw(2)]
+        return sum(item[0] == "a" for item in items) / len(items)
+
+    assert share_of_a() == pytest.approx(15 / 35, abs=0.01)
+    assert share_of_a(repeats=(4, 1)) == pytest.approx(60 / 80, abs=0.01)
+    assert share_of_a(weights=(1.0, 1.0)) == pytest.approx(1 / 2, abs=0.01)
+    assert share_of_a(weights=(1.0, 9.0)) == pytest.approx(1 / 10, abs=0.01)
+
+
+def test_the_seed_decides_the_order():
+    first, again, other = (sampler(seed=seed) for seed in (3, 3, 4))
+    drawn = [[s.draw(4) for _ in range(20)] for s in (first, again, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 23])
+def test_an_exact_resume_in_mid_epoch(at):
+    whole, stopped, resumed = (sampler(repeats=(2, 1)) for _ in range(3))
+    wanted = [whole.draw(3) for _ in range(at + 40)]
+    for _ in range(at):
+        stopped.draw(3)
+    resumed.load_state_dict({key: value.clone() for key, value in stopped.state_dict().items()})
+    assert [resumed.draw(3) for _ in range(40)] == wanted[at:]
+    with pytest.raises(ValueError, match="36 items now, which are not those of when the checkpoint was saved"):
+        BucketSampler([Stream("one", 1.0, list(range(36)))], 0).load_state_dict(stopped.state_dict())
+
+
+def test_shards_take_the_parts_of_one_draw():
+    whole, ranks = sampler(), [sampler().shard(rank, 2) for rank in range(2)]
+    for _ in range(30):
+        drawn = [rank.draw(2) for rank in ranks]
+        assert drawn[0] + drawn[1] == whole.draw(4)
+
+
+def test_states_are_tensors():
+    state = sampler().state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def write(settings: dict, tmp_path: Path, videos, **data) -> Path:
+    import yaml
+
+    values = settings | {"dmd": {"real_data_loss_weight": 0.5}, "data": settings["data"] | {"videos": videos} | data}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(settings, good, clips, tmp_path, monkeypatch):
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(setup, "load_transformer", forbidden)
+    monkeypatch.setattr("dmdtrain.models.encode.load_text_encoder", forbidden)
+    monkeypatch.setattr("dmdtrain.train.prepare_videos.load_vae", forbidden)
+    put(good, clips)
+    fit = ("fit", write(settings, tmp_path, [str(clips), {"path": str(tmp_path / "none")}]))
+    refused(*fit, says=["data.videos.1: ", "no such folder"])
+    fit = ("fit", write(settings, tmp_path, str(clips)), "--dry-run")
+    refused(*fit, says=["data.videos.0: no clip of", "they need a caption and 9 frames", "it has 6 frames"])
+    fit = ("fit", write(settings, tmp_path, str(clips), on_bad_video="error"))
+    refused(
+        *fit, says=["data.videos: ", "good.mp4: it has 6 frames; 9 are needed; mend it, or set data.on_bad_video: skip"]
+    )
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"cache", "data_report.jsonl"}
