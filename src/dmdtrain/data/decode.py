@@ -103,6 +103,7 @@ def read_clip(
         check_length(Header(width, height, 1, 0.0), num_frames, fps, image=True)
         return video
     with _stream(file) as (container, stream):
+        stream.thread_type = "AUTO"  # several frames at once
         kept: list[torch.Tensor] = []
         for frame, times in _chosen(_frames(container, stream), stream, num_frames, fps):
             shown_width, shown_height = display_size(frame, stream)
@@ -191,7 +192,6 @@ def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             raise ValueError("it holds no video")
         _check_size(stream.codec_context.width, stream.codec_context.height)
-        stream.thread_type = "AUTO"
         yield container, stream
 
 
