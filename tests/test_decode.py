@@ -16,7 +16,7 @@ CODECS = [
     ("a.mp4", "libx264", "yuv420p", (38, 50)),
     ("a.m4v", "libx264", "yuv444p", (38, 50)),
     ("a.MOV", "prores", "yuv422p10le", (38, 50)),
-    ("a.mkv", "libx265", "yuv420p10le", (38, 50)),
+    ("a.mkv", "libx265", "yuv420p10le", (70, 98)),
     ("a.webm", "libvpx-vp9", "yuv420p", (38, 50)),
     ("a.mkv", "libsvtav1", "yuv420p10le", (64, 66)),
     ("a.avi", "mpeg4", "yuv420p", (38, 50)),

@@ -341,7 +341,9 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write, tmp_path, caus
     changes = {"train.max_steps": 6, "checkpoint.every": 2, "checkpoint.keep": 10} | (CAUSAL if causal else {})
     changes |= {"checkpoint.every": 1} if causal else {}
     output = done("fit", write(changes))
-    assert "data.videos 6 clips, 0.00 hours, 5 frames of each; 48x32 4, 32x48 2" in output
+    assert (
+        "data.videos 6 clips, 0.00 hours, 5 frames as they are (16 to 16 a second) of each; 48x32 4, 32x48 2" in output
+    )
     run, whole = tmp_path / "run", tmp_path / "whole"
     run.rename(whole)
     for cut_from in ("checkpoints/step-000003", "warmup/step-000002") if causal else ("checkpoints/step-000004",):

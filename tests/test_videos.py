@@ -241,6 +241,11 @@ def audio_alone(file: Path) -> None:
         container.mux(stream.encode(None))
 
 
+def unknown_codec(file: Path) -> None:
+    write_clip(file, 6, caption=None)
+    file.write_bytes(file.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
+
+
 def garbled(file: Path) -> None:
     """The container is whole; what is in it is noise."""
     write_clip(file, 6, caption=None)
@@ -282,6 +287,12 @@ BAD = {
     "short": (lambda f: write_clip(f, 4, caption=None), ".mp4", "it has 4 frames; 5 are needed"),
     "one frame": (lambda f: write_clip(f, 1, caption=None), ".mkv", "it has 1 frames; 5 are needed"),
     "short gif": (lambda f: write_clip(f, 2, (32, 32), "gif", "rgb8", 10, caption=None), ".gif", "5 are needed"),
+    "an unknown codec": (unknown_codec, ".mkv", "its codec is unknown"),
+    "a thread": (
+        lambda f: write_clip(f, 6, (32, 1280), caption=None),
+        ".mp4",
+        "it is 1280 wide and 32 high; at most 32 to 1",
+    ),
     "sound alone": (audio_alone, ".mp4", "it holds no video"),
     "a folder": (lambda f: f.mkdir(), ".mp4", None),  # is walked into, and holds nothing
     "a pipe": (os.mkfifo, ".mp4", "it is no file"),
@@ -359,13 +370,16 @@ def test_what_is_unusual_and_fine(resolve, good, clips):
     (clips / "named wrongly.txt").rename(clips / "webm in.txt")
     shutil.copy(good, clips / "UPPER.MP4")
     (clips / "UPPER.txt").write_text("upper")
+    tagged = put(good, clips, "tagged", "tags in latin-1")
+    assert b"Lavf" in tagged.read_bytes()
+    tagged.write_bytes(tagged.read_bytes().replace(b"Lavf", "Läff".encode("latin-1")))
     nan_rate(clips / "rate.avi")
     (clips / "rate.txt").write_text("no rate")
     run = resolve()
     found = prepare_videos(run, QUIET)["data.videos"]
-    assert len(found.samples) == 7 and report(run) == []
+    assert len(found.samples) == 8 and report(run) == []
     faster = prepare_videos(resolve({"data.fps": 12}), QUIET)["data.videos"]
-    assert len(faster.samples) == 6 and "rate.avi" in faster.dropped[0].where  # without a rate it lasts 0.24 s
+    assert len(faster.samples) == 7 and "rate.avi" in faster.dropped[0].where  # without a rate it lasts 0.24 s
     bad = put(good, clips, "two\nlines", "")
     assert "two\\nlines.mp4" in scan(run, QUIET)["data.videos"].dropped[0].where and bad.exists()
 

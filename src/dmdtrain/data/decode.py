@@ -20,8 +20,10 @@ from PIL import Image, ImageOps
 from dmdtrain.data.videos import IMAGES, shown
 
 LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
+NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the memory first
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg"
+OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_errors": "replace"}
 SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
 HD = 720  # lines from which video that does not say so is BT.709
 
@@ -152,9 +154,11 @@ def _interval(stream: Any) -> float | None:
 
 
 def display_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """(width, height) in pixels as a frame is to be seen."""
+    """(width, height) in pixels as a frame is to be seen; ValueError where that is no picture."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width, height = max(1, round(frame.width * aspect)), frame.height
+    if max(width, height) > NARROWEST * min(width, height):
+        raise ValueError(f"it is {width} wide and {height} high; at most {NARROWEST} to 1 is read")
     return (height, width) if _quarters(frame) % 2 else (width, height)
 
 
@@ -187,10 +191,12 @@ def _fitted(pixels: np.ndarray, aspect: float, height: int, width: int, crop: st
 def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
     """The open container and its video stream; whatever is wrong with a clip as ValueError."""
     # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
-    with _opened(file) as handle, _decodable(), av.open(handle, options={"format_whitelist": FORMATS}) as container:
+    with _opened(file) as handle, _decodable(), av.open(handle, **OPTIONS) as container:
         stream: Any = container.streams.best("video")
         if stream is None:
             raise ValueError("it holds no video")
+        if stream.codec_context is None:
+            raise ValueError("its codec is unknown")
         _check_size(stream.codec_context.width, stream.codec_context.height)
         yield container, stream
 

@@ -36,6 +36,7 @@ class Sample:
     data_set: int
     file: Path = field(repr=False, compare=False)
     seconds: float = field(repr=False, compare=False)  # of the whole clip
+    rate: float = field(repr=False, compare=False)  # its own frames a second; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _inspect(files: list[Path], index: SourceIndex, console: Console) -> list[So
     new = [file for file, source in known.items() if source is None or not (source.header or source.bad)]
     if new:
         done = len(known) - len(new)
-        with ThreadPoolExecutor(READERS) as pool, Live(len(known), done, console, unit="clip to read") as live:
+        with ThreadPoolExecutor(READERS) as pool, Live(len(known), done, console, unit="scanned clip") as live:
             for count, (file, source) in enumerate(ahead(pool, inspect, new, 4 * READERS), done + 1):
                 known[file] = source.result()
                 if source.result().size >= 0:
@@ -175,7 +176,9 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
     if data.buckets:
         area, multiple = height * width, run.base.size_multiple
         height, width = bucket_size(header.width, header.height, area, multiple, data.aspect_bucket_rounding)
-    return Sample(source.sha256, clip.caption, (height, width), number, clip.file, header.seconds or 0.0)
+    seconds = header.seconds or 0.0
+    rate = header.frames / seconds if seconds else 0.0
+    return Sample(source.sha256, clip.caption, (height, width), number, clip.file, seconds, rate)
 
 
 def how_read(run: Run) -> str:
@@ -222,8 +225,14 @@ def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:
         each = ", ".join(f"{width}x{height} {count:,}" for (height, width), count in sizes.most_common(8))
         more = f", and {len(sizes) - 8} sizes more" if len(sizes) > 8 else ""
         hours = sum(sample.seconds for sample in clips.samples) / 3600
+        rates = sorted(sample.rate for sample in clips.samples if sample.rate)
+        own = (
+            f" as they are ({rates[0]:.4g} to {rates[-1]:.4g} a second)"
+            if rates and run.config.data.fps is None
+            else ""
+        )
         lines.append(
-            f"{clips.key:<15} {len(clips.samples):,} clips, {hours:.2f} hours, {_needed(run)} of each; {each}{more}"
+            f"{clips.key:<15} {len(clips.samples):,} clips, {hours:.2f} hours, {_needed(run)}{own} of each; {each}{more}"
         )
         if clips.dropped:
             first = clips.dropped[0]
