@@ -259,6 +259,16 @@ def test_damage_is_found_and_mended(resolve, write, tmp_path):
     assert contents(run) == whole
 
 
+def test_a_cache_that_can_not_be_written_is_told(resolve, write, tmp_path):
+    cache = tmp_path / "run" / "cache" / "videos"
+    cache.mkdir(parents=True)
+    (cache / "latents").write_text("in the way")
+    refused("fit", write(), says=["output_dir: ", "can not be written"])
+    shutil.rmtree(cache)
+    cache.write_text("in the way")
+    refused("fit", write(), says=["output_dir: ", "can not be written"])
+
+
 def test_pruning_keeps_what_the_run_uses(resolve):
     prepare_videos(resolve(), QUIET)
     whole = contents(resolve())

@@ -7,11 +7,15 @@ import json
 import os
 import shutil
 import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
+import yaml
 from clip_files import LOSSLESS, write_clip
 from conftest import refused
 from PIL import Image
@@ -92,6 +96,20 @@ def test_captions_beside_clips_at_any_depth(good, clips, tmp_path):
     assert dropped == {str(clips / "none.mp4"): "it has no caption (none.txt)"}
 
 
+def test_folders_that_can_not_be_read_are_told(good, clips, monkeypatch):
+    put(good, clips / "a")
+    put(good, clips / "b")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert listed(clips)[1] == {str(clips / "b"): "the folder can not be read: Permission denied"}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_metadata_files(clips, kind, column):
@@ -157,13 +175,6 @@ def test_csv_lines_of_the_wrong_length(clips):
     assert list(dropped.values()) == ["it has more fields than the first line", "it has no caption"]
 
 
-def broken_metadata(clips: Path) -> dict[str, bytes]:
-    return {
-        "metadata.jsonl": b"\xff\xfe\x00",
-        "metadata.csv": b'file_name,text\na.mp4,"' + b"x" * 200_000,
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -222,16 +233,11 @@ def huge(file: Path) -> None:
     Image.new("L", (8, 8)).save(file)
     data = bytearray(file.read_bytes())
     data[16:24] = struct.pack(">II", 60000, 60000)
-    import zlib
-
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     file.write_bytes(bytes(data))
 
 
 def audio_alone(file: Path) -> None:
-    import av
-    import numpy as np
-
     with av.open(str(file), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         for _ in range(20):
@@ -546,9 +552,8 @@ def test_states_are_tensors():
 
 
 def write(settings: dict, tmp_path: Path, videos, **data) -> Path:
-    import yaml
-
-    values = settings | {"dmd": {"real_data_loss_weight": 0.5}, "data": settings["data"] | {"videos": videos} | data}
+    data = settings["data"] | {"videos": videos} | data
+    values = settings | {"dmd": {"real_data_loss_weight": 0.5}, "data": data}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     return file

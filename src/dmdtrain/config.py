@@ -212,7 +212,8 @@ class Dmd(Group):
     min_score_timestep: Annotated[int, Field(ge=0, lt=1000)] = 0
     """Lower bound of score timesteps (before the shift) where ts_schedule is off."""
     real_data_loss_weight: NonNegative = 0.0
-    """Adds so much of a flow-matching loss on data.videos to every update of the student (causal: teacher forcing). 0: off."""
+    """Adds so much of a flow-matching loss on data.videos to every update of the student (causal: teacher forcing), at
+    timesteps that are shifted as the warm-up's. 0: off."""
 
     @model_validator(mode="after")
     def _check(self):

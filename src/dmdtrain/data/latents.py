@@ -107,9 +107,15 @@ class LatentCache:
         return {file.stem for file in self.path.glob("[0-9a-f][0-9a-f]/*.safetensors")}
 
     def write(self, name: str, latents: torch.Tensor) -> None:
-        half = latents.half().cpu().contiguous()
-        self.file(name).parent.mkdir(parents=True, exist_ok=True)
-        _save({"latents": half}, self.file(name), {"sha256": _checksum(half)})
+        """Raises ConfigError where there is no room for it."""
+        half, file = latents.half().cpu().contiguous(), self.file(name)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _save({"latents": half}, file, {"sha256": _checksum(half)})
+        except (OSError, SafetensorError) as error:
+            for partial in file.parent.glob(f".{name}.*.partial") if file.parent.is_dir() else ():
+                partial.unlink(missing_ok=True)
+            raise ConfigError(f"output_dir: {file} can not be written: {error}") from None
 
     def read(self, names: list[str]) -> torch.Tensor:
         """[B, C, T, H, W] in float32. A file that is damaged is removed; ConfigError then says so."""

@@ -14,6 +14,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dmdtrain.config import ConfigError
 from dmdtrain.data.decode import Header, read_header
 
 
@@ -55,8 +56,13 @@ class SourceIndex:
 
     def add(self, source: Source) -> None:
         self._known[source.path] = source
+        try:
+            self._append(json.dumps(asdict(source)) + "\n")
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.file} can not be written: {error.strerror}") from None
+
+    def _append(self, line: str) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(source)) + "\n"
         handle = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(handle).st_size

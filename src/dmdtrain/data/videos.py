@@ -67,10 +67,14 @@ def list_clips(video_set: VideoSet, key: str) -> tuple[list[Clip], list[Dropped]
     return _beside(path, key)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder in order, through links, each folder once."""
+def _walk(folder: Path, dropped: list[Dropped]) -> Iterator[Path]:
+    """Files below a folder in order, through links, each folder once; folders that can not be read are added to `dropped`."""
     seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        dropped.append(Dropped(shown(error.filename), f"the folder can not be read: {error.strerror}"))
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         place = os.stat(parent)
         if (place.st_dev, place.st_ino) in seen:
             folders.clear()
@@ -81,8 +85,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _beside(folder: Path, key: str) -> tuple[list[Clip], list[Dropped]]:
-    clips, dropped = [], []
-    for file in _walk(folder):
+    clips: list[Clip] = []
+    dropped: list[Dropped] = []
+    for file in _walk(folder, dropped):
         if file.suffix.lower() not in SUFFIXES:
             continue
         try:

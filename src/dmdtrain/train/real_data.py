@@ -18,8 +18,8 @@ from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 class RealData:
     """Clips and randomness of its own: what DMD draws is the same with it and without.
 
-    Bidirectional students: flow matching at a uniform timestep, shifted like the teacher's schedule. Causal students: the loss
-    of teacher forcing.
+    Bidirectional students: flow matching at a uniform timestep, shifted as the warm-up's. Causal students: the loss of teacher
+    forcing.
     """
 
     def __init__(
