@@ -232,6 +232,7 @@ def main() -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         label = "-".join([args.size, *(o.split(".")[-1].replace("=", "_") for o in args.set)])
+        label += "".join(f"-vs-{o.split('.')[-1].replace('=', '_')}" for o in args.compare)
         (args.out / f"{record['device'].replace(' ', '_')}-{label}.json").write_text(text + "\n")
 
 

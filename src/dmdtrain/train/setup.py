@@ -204,6 +204,7 @@ def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_sc
         "gradient_checkpointing": config.train.gradient_checkpointing,
         "checkpoints_on_host": config.train.checkpoints_on == "host",
         "checkpoint_replay": config.train.checkpoint_replay,
+        "autocast": config.train.mixed_precision == "bf16",
         "compile_backend": "inductor" if config.train.compile else None,
     }
 

@@ -176,7 +176,8 @@ class Trainer:
             else (config.fake_score.grad_clip, "norm")
         )
         losses = [value for key, value in total.items() if key.endswith("loss")]
-        norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
+        with self.distiller.phases("optimizer"):
+            norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
         self._seconds[name] = time.perf_counter() - started
         return total | {f"{name}_grad_norm": norm} if finite else None, torch.cat(made)
 
