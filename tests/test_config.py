@@ -121,6 +121,9 @@ CHANGED = {
     "ema.validate_with": "raw",
     "checkpoint.every": 50,
     "checkpoint.keep": 1,
+    "checkpoint.every_minutes": 2.5,
+    "checkpoint.background": False,
+    "checkpoint.max_failed_saves": 2,
     "validation.every": 0,
     "validation.prompts": ["a cat", "no", "1e5"],
     "validation.count": 2,
@@ -153,11 +156,9 @@ MAY_CHANGE = {
     "model.attention",
     "ema.validate_with",
     "output_dir",
-    "checkpoint.every",
-    "checkpoint.keep",
     "log.every",
     "log.tensorboard",
-    *(key for key in CHANGED if key.startswith("validation.")),
+    *(key for key in CHANGED if key.startswith(("checkpoint.", "alarms.", "validation."))),
 }
 
 
@@ -352,6 +353,8 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("train.batch_size", -1, "-1: it must be at least 1"),
         ("train.seed", -1, "-1: it must be at least 0"),
         ("checkpoint.every", 0, "0: it must be at least 1"),
+        ("checkpoint.every_minutes", -1, "-1: it must be at least 0"),
+        ("checkpoint.max_failed_saves", 0, "0: it must be at least 1"),
         ("optimizer.lr", 0, "0: it must be above 0"),
         ("optimizer.lr", float("inf"), "inf: input should be a finite number"),
         ("student.alpha", -2, "-2: it must be above 0"),

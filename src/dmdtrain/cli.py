@@ -24,23 +24,26 @@ app = typer.Typer(
 
 Ckpt = Annotated[Path, typer.Option("--ckpt", help="A checkpoint folder, such as output/run/checkpoints/step-000200.")]
 Weights = Annotated[str, typer.Option(help="ema (the average) or raw; default: ema where the checkpoint has one.")]
-INPUT_ERROR, STOPPED, INTERRUPTED = 2, 1, 130
+INPUT_ERROR, STOPPED, UNWRITABLE = 2, 1, 74
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """A mistake of the user's ends in one line and exit code 2, never in a traceback."""
     from dmdtrain.config import ConfigError
+    from dmdtrain.train import interrupt
 
     _quiet()
     try:
-        yield
+        with interrupt.listening():
+            yield
     except ConfigError as error:
         typer.echo(f"dmdtrain: {error}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        by = stop.asked if isinstance(stop, interrupt.Interrupted) else interrupt.SIGNALS[0]
+        raise typer.Exit(interrupt.exit_code(by)) from None
 
 
 def _quiet() -> None:
@@ -72,7 +75,12 @@ def fit(
     output_dir: Annotated[str | None, typer.Option(help="The same as --set output_dir=DIR.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print everything, load no model.")] = False,
 ) -> None:
-    """Train a student."""
+    """Train a student.
+
+    Exit codes: 0 done; 1 training can not go on (not finite, out of memory); 2 a mistake in the call, the configuration or a
+    file; 74 too many checkpoints could not be saved; 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, after the step was
+    finished and saved. The same command goes on.
+    """
     with _one_line_errors():
         from dmdtrain.config import load
 
@@ -81,14 +89,14 @@ def fit(
         overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
         checked = load(config, overrides)
 
-        from dmdtrain.train.loop import TrainingStopped
+        from dmdtrain.train.saver import SavesFailed, TrainingStopped
         from dmdtrain.train.trainer import fit as run_fit
 
         try:
             run_fit(checked, resume, _console(), dry_run=dry_run)
         except TrainingStopped as error:
             typer.echo(f"dmdtrain: {error}", err=True)
-            raise typer.Exit(STOPPED) from None
+            raise typer.Exit(UNWRITABLE if isinstance(error, SavesFailed) else STOPPED) from None
 
 
 @app.command()

@@ -398,8 +398,15 @@ class Ema(Group):
 class Checkpoint(Group):
     every: Count = 200
     """Steps. The last step is always saved."""
+    every_minutes: NonNegative = 0.0
+    """Minutes since the last save after which a step is saved as well; 0: by steps alone."""
     keep: Count = 3
-    """Checkpoints that stay; older ones are removed after a new one is complete."""
+    """Checkpoints that stay; older ones are removed after a new one is complete. One with a file `KEEP` in it stays as well."""
+    background: bool = True
+    """Write in a thread, from a copy in host memory, where that fits; steps go on meanwhile. The same files either way."""
+    max_failed_saves: Count = 8
+    """Consecutive saves that may fail (disk full, folder gone) before the run stops. Each is tried again 1, 2, 4 ... steps
+    later, at most `every`."""
 
 
 class Validation(Group):

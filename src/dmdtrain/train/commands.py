@@ -15,7 +15,7 @@ from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import stock_scheduler, write_lora, write_pipeline
 from dmdtrain.models.decode import StreamDecoder
 from dmdtrain.train import setup
-from dmdtrain.train.checkpoint import check_checkpoint, read_json
+from dmdtrain.train.checkpoint import check_checkpoint, file_of, has_file, read_json
 from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.step import block_layout
@@ -23,7 +23,7 @@ from dmdtrain.train.validation import Mp4Writer, write_samples
 
 
 def _pick_weights(ckpt: Path, weights: str) -> str:
-    return weights or ("ema" if (ckpt / "ema.safetensors").exists() else "raw")
+    return weights or ("ema" if has_file(ckpt, "ema.safetensors") else "raw")
 
 
 def _renderer(run: setup.Run, ckpt: Path, weights: str) -> Renderer:
@@ -172,7 +172,7 @@ def generate(
 
 def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, console: Console) -> None:
     check_checkpoint(ckpt, "--ckpt")
-    config, sampling = load(ckpt / "config.yaml"), read_json(ckpt, "sampling.json")
+    config, sampling = load(file_of(ckpt, "config.yaml")), read_json(ckpt, "sampling.json")
     student = config.student
     if student.kind != "lora":
         raise ConfigError(f"--ckpt: {ckpt}: its student was trained whole (student.kind: full); it has no LoRA")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
+import os
+import re
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,17 +18,18 @@ from rich.console import Console
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.models.roles import load_parameters
+from dmdtrain.files import write_text
 from dmdtrain.train import checkpoint as checkpoints
-from dmdtrain.train import validation
+from dmdtrain.train import interrupt, validation
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
-from dmdtrain.train.plan import known_rate, memory_line
+from dmdtrain.train.plan import changes, known_rate, memory_line
 from dmdtrain.train.render import Renderer
+from dmdtrain.train.saver import TrainingStopped, is_out_of_memory
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
@@ -36,11 +39,17 @@ COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
 
 def find_resume(config: Config, resume: str) -> Path | None:
-    """The checkpoint to go on from: `auto` (the newest of the run in output_dir), `never`, or a folder.
+    """The checkpoint to go on from: `auto` (the newest undamaged one of the run in output_dir), `never`, or a folder.
 
     Raises:
         ConfigError: output_dir belongs to another run, or the checkpoint to another configuration.
     """
+    check_output(config, resume)
+    return _pick(config, resume)[0]
+
+
+def check_output(config: Config, resume: str) -> None:
+    """ConfigError unless output_dir is free or this run's own, and `resume`, where it is a folder, a checkpoint of it."""
     output = Path(config.output_dir)
     above = next(folder for folder in (output, *output.parents) if folder.exists())
     if not above.is_dir():
@@ -52,21 +61,32 @@ def find_resume(config: Config, resume: str) -> Path | None:
     if resume not in ("auto", "never"):
         folder = Path(resume)
         checkpoints.check_checkpoint(folder, "--resume")
-        _refuse_other(folder / "config.yaml", config, f"--resume: {folder} is a checkpoint of another configuration")
+        file = checkpoints.file_of(folder, "config.yaml")
+        _refuse_other(file, config, f"--resume: {folder} is a checkpoint of another configuration")
         if owned.exists() and folder.resolve().parents[1] != output.resolve():
             raise ConfigError(f"output_dir: {output} belongs to another run; choose another with --output-dir")
-        return folder
-    if owned.exists():
+    elif owned.exists():
         if resume == "never":
             raise ConfigError(
                 f"output_dir: {output} already holds a run; choose another with --output-dir, or --resume auto"
             )
         _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
-    found = checkpoints.list_checkpoints(output / WARMUP) + checkpoints.list_checkpoints(output / CHECKPOINTS)
-    if not found:
-        return None
-    checkpoints.check_checkpoint(found[-1], "--resume")
-    return found[-1]
+
+
+def _pick(config: Config, resume: str) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and what is wrong with newer ones."""
+    if resume not in ("auto", "never"):
+        return Path(resume), {}
+    found, damaged = checkpoints.newest_good(Path(config.output_dir))
+    if found is None and damaged:
+        folder, what = next(iter(damaged.items()))
+        raise ConfigError(
+            f"--resume: {folder}: {what}; no undamaged checkpoint is left (train anew with another --output-dir)"
+        )
+    if found is not None:
+        file = checkpoints.file_of(found, "config.yaml")
+        _refuse_other(file, config, f"--resume: {found} is a checkpoint of another configuration")
+    return found, damaged
 
 
 def _refuse_other(file: Path, config: Config, what: str) -> None:
@@ -81,18 +101,27 @@ def locked(output: Path) -> Iterator[None]:
     """Keeps a second process out of a run's folder; a process that dies lets go of it by itself.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has it, or nothing can be written there.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK).open("a") as handle:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output} can not be written: {error.strerror}") from None
+    with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = " ".join(file.read(200).split()) or "unknown"
             raise ConfigError(
-                f"output_dir: {output} is in use by another process; choose another, or stop that one"
+                f"output_dir: {output} is in use by another process ({owner}); choose another, or stop that one"
             ) from None
         except OSError:
             pass  # the file system knows no locks
+        with suppress(OSError):  # a full disk: the lock itself needs no room
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 
@@ -139,6 +168,7 @@ class Trainer:
         flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.flops = {name: sum(phases.values()) for name, phases in flops.items()}
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        self.root = run.output_dir / CHECKPOINTS
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -212,7 +242,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self) -> Path:
+    def content(self) -> checkpoints.Content:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         for name, optimizer in self.optimizers.items():
@@ -224,24 +254,23 @@ class Trainer:
         tensors["random"] |= {f"prompts.{k}": v for k, v in self.prompts.state_dict().items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
         texts["state.json"] = json.dumps({"stage": "dmd"} | counters) + "\n"
-        root = self.run.output_dir / CHECKPOINTS
-        return checkpoints.write_checkpoint(root, self.step, tensors, texts, self.config.checkpoint.keep)
+        return tensors, texts
+
+    def save(self) -> Path:
+        return checkpoints.write_checkpoint(self.root, self.step, *self.content(), self.config.checkpoint.keep)
 
     def load(self, folder: Path) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's."""
         for name, optimizer in self.optimizers.items():
-            load_parameters(self.roles.named_parameters(name), checkpoints.read_tensors(folder, name))
+            checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]
             checkpoints.load_optimizer(name, optimizer, folder)
         if self.ema is not None:
-            self.ema.load(checkpoints.read_tensors(folder, "ema"))
-        random = checkpoints.read_tensors(folder, "random")
-        self.generator.set_state(random.pop("draws"))
-        try:
-            self.prompts.load_state_dict({k.removeprefix("prompts."): v for k, v in random.items()})
-        except ValueError as error:
-            raise ConfigError(f"data.prompts: {error}; an exact resume needs the same prompts") from None
-        state = checkpoints.read_json(folder, "state.json")
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+            average = checkpoints.read_tensors(folder, "ema")
+            checkpoints.check_like(folder, "ema", average, self.ema.weights)
+            self.ema.load(average)
+        checkpoints.load_random(folder, self.generator, "prompts", self.prompts, "data.prompts", "prompts")
+        for name, value in checkpoints.read_counters(folder, COUNTERS).items():
+            setattr(self, name, value)
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -260,11 +289,13 @@ class Trainer:
                     self.run.validation_timesteps,
                     settings.guidance_scale,
                     settings.negative_prompt,
+                    interrupt.check,
                 )
             columns["student" if weights == choice else f"student {weights}"] = videos
             gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
             log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]
-        folder = self.run.output_dir / "samples" / f"step-{self.step:06d}"
+        interrupt.check()
+        folder = self._samples()
         facts = self.run.sampling() | {"step": self.step, "seed": settings.seed}
         results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
         for name, scores in results["scores"].items():
@@ -274,15 +305,19 @@ class Trainer:
                 soft_wrap=True,
             )
 
+    def _samples(self) -> Path:
+        return self.run.output_dir / "samples" / f"step-{self.step:06d}"
+
+    def lacks_validation(self) -> bool:
+        """Whether the run was stopped after this step was saved and before it was validated."""
+        every = self.config.validation.every
+        due = every and self.step and (self.step % every == 0 or self.step == self.config.train.max_steps)
+        return bool(due) and not (self._samples() / validation.RESULTS).exists()
+
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def warm_up(self, checkpoint: Path | None) -> None:
-        """The warm-up, from its start or its checkpoint; afterwards the average starts from what it learned."""
-        warmup = Warmup(self.run, self.renderer, self.console)
-        warmup.prepare()
-        if checkpoint is not None:
-            warmup.load(checkpoint)
-            self.console.print(f"resumed from {checkpoint}, warm-up step {warmup.step}", soft_wrap=True)
+    def warm_up(self, warmup: Warmup) -> None:
+        """The warm-up to its end; afterwards the average starts from what it learned."""
         warmup.fit()
         if self.ema is not None:
             self.ema.restart()
@@ -296,7 +331,13 @@ class Trainer:
     def fit(self) -> None:
         shown = {"dmd": "dmd_loss", "critic": "critic_loss", "grad": "student_grad_norm"}
         steps, folder = self.config.train.max_steps, self.run.output_dir
-        run_stage(self, steps, folder, self.config, self.console, shown=shown, validate=self.validate)
+        lacking = self.lacks_validation()
+        run_stage(
+            *(self, steps, folder, self.config, self.console),
+            shown=shown,
+            validate=self.validate,
+            validate_first=lacking,
+        )
 
 
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
@@ -304,43 +345,63 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
     check_data(run)
-    checkpoint = find_resume(config, resume)
+    check_output(config, resume)
     for line in describe(run):
         console.print(line, soft_wrap=True, highlight=False)
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         console.print(memory_line(run, total), soft_wrap=True, highlight=False)
     if dry_run:
+        find_resume(config, resume)
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
-    with locked(run.output_dir):
-        _fit(run, checkpoint, console)
+    try:
+        with locked(run.output_dir):
+            _fit(run, resume, console)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingStopped(out_of_memory(config, error)) from None
 
 
-def _fit(run: Run, checkpoint: Path | None, console: Console) -> None:
-    config = run.config
+def out_of_memory(config: Config, error: BaseException) -> str:
+    """What ran out, and what makes the run smaller."""
+    smaller = [" ".join(f"{k}={str(v).lower()}" for k, v in change.items()) for change in changes(config)]
+    advice = f"cheapest first: {'; '.join(smaller[:3])}" if smaller else "fewer frames or a smaller resolution"
+    reason = " ".join(str(error).split())
+    reason = re.sub(r"^.*?((?:CUDA )?out of memory|can't allocate memory)", r"\1", reason, flags=re.IGNORECASE)
+    return (
+        f"out of memory ({reason[:120]}); the last checkpoint is intact. To make the run smaller, {advice} "
+        "(dmdtrain plan CONFIG says by how much)"
+    )
+
+
+def _fit(run: Run, resume: str, console: Console) -> None:
+    config, output = run.config, run.output_dir
+    checkpoint, damaged = _pick(config, resume)
     trainer = Trainer(run, console)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
-    output = run.output_dir
-    for root in (output / CHECKPOINTS, output / WARMUP):
-        checkpoints.list_checkpoints(root)  # puts back what a kill left between two names
-        for pattern in (".step-*.partial", ".step-*.old"):  # of a run that was killed while it saved
-            for leftover in root.glob(pattern):
-                shutil.rmtree(leftover)
-    # The folder is the run's from here on: what failed before leaves it free.
-    partial = output / ".config.yaml.partial"
-    partial.write_text(configuration.dump(config), encoding="utf-8")
-    partial.rename(output / "config.yaml")
-    for later in checkpoints.set_aside_later(output, checkpoint):
-        console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
     warming = checkpoint is not None and checkpoints.stage_of(checkpoint) == WARMUP
+    warmup = None
     if config.warmup.kind != "none" and (checkpoint is None or warming):
-        trainer.warm_up(checkpoint)
-    elif checkpoint is not None:
-        trainer.load(checkpoint)
-        console.print(f"resumed from {checkpoint}, step {trainer.step}", soft_wrap=True)
-    if trainer.step >= config.train.max_steps:
+        warmup = Warmup(run, trainer.renderer, console)
+    if checkpoint is not None:  # before anything is written: what can not be loaded leaves all as it was
+        stage = "warm-up step" if warmup else "step"
+        if warmup is not None:
+            warmup.prepare()
+            warmup.load(checkpoint)
+        elif warming:
+            raise ConfigError(f"--resume: {checkpoint} is of a warm-up, and warmup.kind is none")
+        else:
+            trainer.load(checkpoint)
+        console.print(f"resumed from {checkpoint}, {stage} {(warmup or trainer).step}", soft_wrap=True)
+    _claim(run, checkpoint, damaged, console)
+    if warmup is not None:
+        if checkpoint is None:
+            warmup.prepare()
+        trainer.warm_up(warmup)
+    if trainer.step >= config.train.max_steps and not trainer.lacks_validation():
         console.print(f"nothing to do: the run already has its {config.train.max_steps} steps", soft_wrap=True)
         return
     trainer.fit()
@@ -352,3 +413,19 @@ def _fit(run: Run, checkpoint: Path | None, console: Console) -> None:
         )
     if saved:
         console.print(f"done: {saved[-1]}", soft_wrap=True)
+
+
+def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console: Console) -> None:
+    """The folder is the run's from here on: what failed before leaves it free."""
+    output = run.output_dir
+    try:
+        for root in (output / CHECKPOINTS, output / WARMUP):
+            checkpoints.remove_leftovers(root)
+        write_text(output / "config.yaml", configuration.dump(run.config))
+        for folder, what in damaged.items():
+            moved = checkpoints.set_aside(folder, "damaged")
+            console.print(f"damaged: {folder}: {what}; it is {moved.name} now", soft_wrap=True)
+        for later in checkpoints.set_aside_later(output, checkpoint):
+            console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output} can not be written: {error.strerror}") from None

@@ -16,7 +16,6 @@ from dmdtrain.data.latents import INFO, LatentFolder, read_captions, read_latent
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import list_clips, read_clip
 from dmdtrain.models.decode import encode_videos
-from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
 from dmdtrain.train.checkpoint import WARMUP
@@ -27,6 +26,8 @@ from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, sampling_json
 from dmdtrain.train.step import Stats
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
+
+COUNTERS = ("step", "bad_steps", "bad_in_a_row")
 
 
 def holds_latents(path: Path) -> bool:
@@ -188,28 +189,23 @@ class Warmup:
             "memory_gib": peak_memory_gib(self.text.device),
         }
 
-    def save(self) -> Path:
+    def content(self) -> checkpoints.Content:
         tensors = {"student": dict(self.roles.named_parameters("student")), "random": {}}
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
         tensors["random"] = {"draws": self.generator.get_state()}
         tensors["random"] |= {f"files.{k}": v for k, v in self.files.state_dict().items()}
-        counters = {name: getattr(self, name) for name in ("step", "bad_steps", "bad_in_a_row")}
+        counters = {name: getattr(self, name) for name in COUNTERS}
         texts["state.json"] = json.dumps({"stage": WARMUP} | counters) + "\n"
-        return checkpoints.write_checkpoint(self.root, self.step, tensors, texts, self.config.checkpoint.keep)
+        return tensors, texts
 
     def load(self, folder: Path) -> None:
-        load_parameters(self.roles.named_parameters("student"), checkpoints.read_tensors(folder, "student"))
+        """Everything that `content` saved; ConfigError where it is not this run's."""
+        checkpoints.load_weights(folder, "student", self.roles.named_parameters("student"))
         checkpoints.load_optimizer("student", self.optimizer, folder)
-        random = checkpoints.read_tensors(folder, "random")
-        self.generator.set_state(random.pop("draws"))
-        try:
-            self.files.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
-        except ValueError as error:
-            raise ConfigError(f"warmup.data: {error}; an exact resume needs the same samples") from None
-        state = checkpoints.read_json(folder, "state.json")
-        for name in ("step", "bad_steps", "bad_in_a_row"):
-            setattr(self, name, state[name])
+        checkpoints.load_random(folder, self.generator, "files", self.files, "warmup.data", "samples")
+        for name, value in checkpoints.read_counters(folder, COUNTERS).items():
+            setattr(self, name, value)
 
     def fit(self) -> None:
         shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}
