@@ -693,7 +693,9 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["student"]["rank"] == 4
     sampling = read_json(folder, "sampling.json")
     assert sampling["timesteps"] == [1000.0, 757.0, 522.0] and sampling["sigmas"] == [1.0, 0.757, 0.522]
-    assert read_json(folder, "state.json") == {
+    state = read_json(folder, "state.json")
+    assert state.pop("alarms").keys() == {"running", "counts", "active"}
+    assert state == {
         "stage": "dmd",
         "step": 4,
         "student_updates": 2,

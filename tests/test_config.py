@@ -136,6 +136,12 @@ CHANGED = {
     "validation.fps": 24,
     "log.every": 10,
     "log.tensorboard": False,
+    "alarms.window": 20,
+    "alarms.x0_drift": 4.5,
+    "alarms.gradient_jump": 0.0,
+    "alarms.critic_divergence": 2.5,
+    "alarms.diversity": 0.0,
+    "alarms.saturation": 0.75,
     "output_dir": "null",
 }
 
@@ -353,6 +359,10 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("train.batch_size", -1, "-1: it must be at least 1"),
         ("train.seed", -1, "-1: it must be at least 0"),
         ("checkpoint.every", 0, "0: it must be at least 1"),
+        ("alarms.window", 9, "9: it must be at least 10"),
+        ("alarms.x0_drift", -1, "-1: it must be at least 0"),
+        ("alarms.diversity", 1, "1: it must be below 1"),
+        ("alarms.saturation", 1.5, "1.5: it must be at most 1"),
         ("checkpoint.every_minutes", -1, "-1: it must be at least 0"),
         ("checkpoint.max_failed_saves", 0, "0: it must be at least 1"),
         ("optimizer.lr", 0, "0: it must be above 0"),

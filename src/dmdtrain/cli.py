@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,7 +61,30 @@ def _quiet() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(file=_Output())  # type: ignore[arg-type]
+
+
+class _Output:
+    """Standard output; where it is a file on a full disk, its lines are lost and the command goes on."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stdout.write(text)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
 
 @app.command()

@@ -35,6 +35,7 @@ from dmdtrain.models.roles import load_parameters
 
 FORMAT = 1
 MANIFEST, KEEP = "manifest.json", "KEEP"
+QUANTIZED = ("qmap", "absmax")  # what bitsandbytes keeps of 8-bit moments beside them
 LEFTOVERS = (".step-*.partial", ".step-*.old", ".step-*.removed")  # of a run that was killed while it saved
 Content = tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]  # file stem -> tensors; file name -> text
 CHECKPOINTS, WARMUP = "checkpoints", "warmup"  # their folders in a run's
@@ -386,22 +387,39 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         if read["params"] != own["params"]:
             raise ValueError("it is the state of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
+    states = {index: _flat(values) for index, values in state["state"].items()}
+    if len({frozenset(k for k in values if not k.startswith(QUANTIZED)) for values in states.values()}) > 1:
+        raise ValueError("its parameters have different kinds of moments")
+    for index, values in states.items():
+        coded = any(k.startswith(QUANTIZED) for k in values)
+        if coded != any(v.dtype == torch.uint8 for k, v in values.items() if k.startswith("state")):
+            raise ValueError("quantized moments have code books, others have none")
         for key, value in values.items():
             _check_moment(key, value, parameters[index])
 
 
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """bitsandbytes nests what belongs to quantized moments."""
+    nested = [value for value in values.values() if isinstance(value, dict)]
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    return flat | {key: value for inner in nested for key, value in inner.items()}
+
+
 def _check_moment(key: str, value: Any, parameter: torch.nn.Parameter) -> None:
-    """Moments have their parameter's shape; bitsandbytes adds a code book of 256 and a scale for each block of values."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
-        return
-    right = value.shape == parameter.shape
-    if key.startswith("qmap"):
-        right = value.shape == (256,)
+    """Moments have their parameter's shape; bitsandbytes adds a code book of 256 and a scale for each 256 values."""
+    if key == "step":
+        value, shape = torch.as_tensor(value), torch.Size()
+    elif key.startswith("qmap"):
+        shape = torch.Size([256])
     elif key.startswith("absmax"):
-        right = value.ndim == 1 and value.numel() * 256 >= parameter.numel()
-    if not right:
+        shape = torch.Size([-(-parameter.numel() // 256)])
+    else:
+        shape = parameter.shape
+    if value.shape != shape:
         raise ValueError(f"{key} is {list(value.shape)} for a parameter of {list(parameter.shape)}")
+    quantized = value.dtype == torch.uint8 and key.startswith("state")
+    if key != "step" and not value.is_floating_point() and not quantized:
+        raise ValueError(f"{key} is {value.dtype}")
 
 
 def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:

@@ -66,6 +66,7 @@ class Saver:
 
     def __init__(self, stage: Saved, settings: Checkpoint, console: Console):
         self.stage, self.settings, self.console = stage, settings, console
+        stage.root.mkdir(parents=True, exist_ok=True)
         self.saved_step = stage.step
         self.failed = 0
         self._due, self._retry_at, self._told = False, 0, False
@@ -116,6 +117,8 @@ class Saver:
 
     def _write(self, content: Content, step: int) -> None:
         try:
+            if not self.stage.root.is_dir():  # it was there: a mount that has gone is not replaced by a folder below it
+                raise SaveFailed(f"{self.stage.root} has gone")
             write_checkpoint(self.stage.root, step, *content, self.settings.keep)
         except BaseException as error:  # told by the main thread, in `_settle`
             self._error = error

@@ -21,6 +21,7 @@ from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.files import write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import interrupt, validation
+from dmdtrain.train.alarms import Alarms, dump_bad_step, load_alarms, measure
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
@@ -35,6 +36,7 @@ from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
 
 LOCK = ".lock"
+BAD_STEPS = "bad_steps"
 COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
 
@@ -169,6 +171,8 @@ class Trainer:
         self.flops = {name: sum(phases.values()) for name, phases in flops.items()}
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
         self.root = run.output_dir / CHECKPOINTS
+        self.alarms = Alarms(self.config.alarms, lambda text: console.print(text, soft_wrap=True, highlight=False))
+        self.norms: Stats = {}  # the last gradient norm of each role
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -178,7 +182,9 @@ class Trainer:
         config, parameters = self.config, self.roles.parameters(name)
         backward = self.distiller.student_backward if name == "student" else self.distiller.critic_backward
         n, micro = config.samples_per_update, config.train.batch_size
-        context = self.text.get(self.prompts.draw(n))
+        before = self.generator.get_state()
+        prompts = self.prompts.draw(n)
+        context = self.text.get(prompts)
         draws = self.distiller.draw(n, self.generator).to(self.device)
         total: Stats = {}
         for start in range(0, n, micro):
@@ -193,7 +199,20 @@ class Trainer:
         )
         losses = [value for key, value in total.items() if key.endswith("loss")]
         norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
-        return total | {f"{name}_grad_norm": norm} if finite else None
+        self.norms[name] = norm
+        if finite:
+            return total | {f"{name}_grad_norm": norm}
+        failed = dump_bad_step(
+            *(self.run.output_dir / BAD_STEPS, self.step, name),
+            generator_state=before,
+            prompts=prompts,
+            statistics=total,
+            gradient_norms=self.norms,
+            draws=draws,
+        )
+        if failed:
+            self.console.print(f"step {self.step}: {BAD_STEPS} can not be written ({failed})", soft_wrap=True)
+        return None
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -231,6 +250,7 @@ class Trainer:
             student_seconds = time.perf_counter() - started - critic_seconds
         count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
         numbers = {key: float(value) for key, value in values.items()}
+        numbers |= self.alarms.step(self.step, numbers)
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
         numbers |= self.distiller.phases.take()
@@ -253,7 +273,8 @@ class Trainer:
         tensors["random"] = {"draws": self.generator.get_state()}
         tensors["random"] |= {f"prompts.{k}": v for k, v in self.prompts.state_dict().items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
-        texts["state.json"] = json.dumps({"stage": "dmd"} | counters) + "\n"
+        state = {"stage": "dmd"} | counters | {"alarms": self.alarms.state()}
+        texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
     def save(self) -> Path:
@@ -271,6 +292,8 @@ class Trainer:
         checkpoints.load_random(folder, self.generator, "prompts", self.prompts, "data.prompts", "prompts")
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
+        load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
+        self._recall_validation()
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -278,7 +301,7 @@ class Trainer:
         settings = self.config.validation
         choice = self.config.ema.validate_with
         prompts = self.run.validation_prompts
-        columns = {}
+        columns, measured = {}, {}
         for weights in ("ema", "raw") if choice == "both" else (choice,):
             values = self.ema.weights if weights == "ema" and self.ema is not None else None
             with self.roles.weights("student", values):
@@ -292,11 +315,15 @@ class Trainer:
                     interrupt.check,
                 )
             columns["student" if weights == choice else f"student {weights}"] = videos
+            measured[f"validation_{weights}"] = measure(videos)
             gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
             log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]
         interrupt.check()
+        for name, found in measured.items():
+            self.alarms.validation(self.step, name, found)
+            log.write(self.step, {f"{name}_{key}": value for key, value in found.items()})
         folder = self._samples()
-        facts = self.run.sampling() | {"step": self.step, "seed": settings.seed}
+        facts = self.run.sampling() | {"step": self.step, "seed": settings.seed, "measured": measured}
         results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
         for name, scores in results["scores"].items():
             log.write(self.step, {f"{name}_right_{key}": value for key, value in scores.items()})
@@ -307,6 +334,13 @@ class Trainer:
 
     def _samples(self) -> Path:
         return self.run.output_dir / "samples" / f"step-{self.step:06d}"
+
+    def _recall_validation(self) -> None:
+        """What the alarms saw of this step's validation, which came after its save."""
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            results = json.loads((self._samples() / validation.RESULTS).read_text(encoding="utf-8"))
+            for name, found in results["measured"].items():
+                self.alarms.validation(self.step, name, found)
 
     def lacks_validation(self) -> bool:
         """Whether the run was stopped after this step was saved and before it was validated."""

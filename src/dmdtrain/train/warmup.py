@@ -18,6 +18,7 @@ from dmdtrain.data.videos import list_clips, read_clip
 from dmdtrain.models.decode import encode_videos
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
+from dmdtrain.train.alarms import Alarms, dump_bad_step, load_alarms
 from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.log import Live
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
@@ -114,6 +115,7 @@ class Warmup:
             weight_decay=optimizer.weight_decay,
         )
         self.generator = torch.Generator().manual_seed(run.config.train.seed + 2)
+        self.alarms = Alarms(self.config.alarms, lambda text: console.print(f"warm-up: {text}", soft_wrap=True))
         self.step = self.bad_steps = self.bad_in_a_row = 0
 
     def prepare(self) -> None:
@@ -152,6 +154,7 @@ class Warmup:
         started = perf_counter()
         config, parameters = self.config, self.roles.parameters("student")
         n, micro = config.samples_per_update, config.train.batch_size
+        before = self.generator.get_state()
         captions, clean, states = read_latents(self.files.draw(n), self.num_frames)
         batch = draw_warmup(
             config,
@@ -180,8 +183,17 @@ class Warmup:
         norm, finite = guarded_step(
             self.optimizer, parameters, [*total.values()], config.optimizer.grad_clip, config.optimizer.grad_clip_method
         )
+        if not finite:
+            dump_bad_step(
+                *(self.root / "bad_steps", self.step, "student"),
+                generator_state=before,
+                prompts=captions,
+                statistics=total,
+                gradient_norms={"student": norm},
+            )
         count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
         values = {key: float(value) for key, value in (total | {"warmup_grad_norm": norm}).items()} if finite else {}
+        values |= self.alarms.step(self.step, values)
         return values | {
             "lr_warmup": lr,
             "bad_steps": self.bad_steps,
@@ -196,7 +208,8 @@ class Warmup:
         tensors["random"] = {"draws": self.generator.get_state()}
         tensors["random"] |= {f"files.{k}": v for k, v in self.files.state_dict().items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
-        texts["state.json"] = json.dumps({"stage": WARMUP} | counters) + "\n"
+        state = {"stage": WARMUP} | counters | {"alarms": self.alarms.state()}
+        texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
     def load(self, folder: Path) -> None:
@@ -206,6 +219,7 @@ class Warmup:
         checkpoints.load_random(folder, self.generator, "files", self.files, "warmup.data", "samples")
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
+        load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
 
     def fit(self) -> None:
         shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}
