@@ -231,7 +231,7 @@ def test_a_signal_in_validation_leaves_promptly_and_is_made_up_for(start, write,
         f"a {a} {b} {c}" for a in ("red", "blue") for b in ("cat", "dog") for c in ("runs", "sleeps", "on grass")
     ]
     changes = {"validation.every": 1, "validation.count": 12, "validation.prompts": prompts}
-    file = write(**changes, **{"validation.num_frames": 25})
+    file = write(**changes, **{"validation.num_frames": 9})
     fit = start("fit", file)
     fit.until(lambda: len(steps(run)) == 1)
     time.sleep(0.1)
@@ -529,3 +529,12 @@ def test_the_owner_of_a_folder_is_named(start, write, run):
     fit.send(signal.SIGKILL)
     fit.process.join()
     assert start("fit", write(), "--max-steps", 2).code() == 0  # a dead one is no obstacle
+
+
+def test_random_kills_come_to_the_same_bits(tmp_path):
+    """`make torture` does it for longer."""
+    script = Path(__file__).parents[1] / "scripts" / "torture.py"
+    args = [sys.executable, script, "--kills", "15", "--seed", str(os.getpid()), "--out", tmp_path / "torture"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 kills in" in done.stdout and "every run came to the same bits" in done.stdout

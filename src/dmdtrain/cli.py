@@ -65,7 +65,8 @@ def _console() -> Console:
 
 
 class _Output:
-    """Standard output; where it is a file on a full disk, its lines are lost and the command goes on."""
+    """Standard output. Lines that a full disk does not take are lost, characters that a terminal does not know are replaced;
+    the command goes on."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stdout, name)
@@ -73,6 +74,8 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             return sys.stdout.write(text)
+        except UnicodeEncodeError:
+            return sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
         except BrokenPipeError:
             raise
         except OSError:

@@ -36,7 +36,7 @@ ADVICE = {
     "diversity": "the videos of different prompts and seeds become alike: go back to an earlier checkpoint, lower optimizer.lr",
     "saturation": "colours burn out: lower dmd.real_score_guidance_scale or optimizer.lr",
 }
-MAX_DUMPS = 5
+BAD_STEPS, MAX_DUMPS = "bad_steps", 5  # their folder in a run's, and how many are kept
 
 
 @dataclass

@@ -395,7 +395,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         if coded != any(v.dtype == torch.uint8 for k, v in values.items() if k.startswith("state")):
             raise ValueError("quantized moments have code books, others have none")
         for key, value in values.items():
-            _check_moment(key, value, parameters[index])
+            if value is not None:  # such as the Kahan compensation of a float32 weight
+                _check_moment(key, value, parameters[index])
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -36,15 +36,17 @@ class MetricsLog:
         self._events = Events(output_dir / "tensorboard", first_step + 1) if tensorboard else None
 
     def _drop_after(self, step: int) -> None:
-        """Lines of steps that will run again; a line that a kill cut short goes too."""
+        """Lines of steps that will run again, and of the step's own validation; a line that a kill cut short goes too."""
         if not self._path.exists():
             return
         kept = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                validated = any(key.startswith("validation_") for key in values)
+                if values["step"] < step + (not validated):
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         write_text(self._path, "".join(kept))
 

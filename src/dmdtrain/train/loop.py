@@ -70,7 +70,7 @@ def run_stage(
     shown: dict[str, str],
     unit: str = "step",
     validate: Callable[[MetricsLog], None] | None = None,
-    validate_first: bool = False,
+    first: Callable[[MetricsLog], None] | None = None,
 ) -> None:
     """Steps until `total`, with logs in `folder`, checkpoints, a progress line and validation.
 
@@ -78,11 +78,10 @@ def run_stage(
 
     Args:
         shown: label -> name of the value on the progress line.
-        validate_first: the step that is resumed is to be validated still.
+        first: what is to be done of the validation of the step that is resumed.
     """
 
-    def run_validation() -> None:
-        assert validate is not None
+    def run_validation(validate: Callable[[MetricsLog], None]) -> None:
         try:
             validate(log)
         except interrupt.Interrupted:
@@ -98,8 +97,8 @@ def run_stage(
     saver = Saver(stage, config.checkpoint, console)
     try:
         with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
-            if validate_first:
-                run_validation()
+            if first is not None:
+                run_validation(first)
             while stage.step < total and not interrupt.asked():
                 values = stage.train_step()
                 last = stage.step == total
@@ -110,7 +109,7 @@ def run_stage(
                     live.restart_clock()
                 due = config.validation.every and (stage.step % config.validation.every == 0 or last)
                 if validate and due and not interrupt.asked():
-                    run_validation()
+                    run_validation(validate)
             saver.finish()
             if interrupt.asked():
                 at = f"{unit} {saver.saved_step}" if saver.saved_step else "nothing yet"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.files import write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import interrupt, validation
-from dmdtrain.train.alarms import Alarms, dump_bad_step, load_alarms, measure
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms, measure
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
@@ -36,7 +37,6 @@ from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
 
 LOCK = ".lock"
-BAD_STEPS = "bad_steps"
 COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
 
@@ -321,26 +321,39 @@ class Trainer:
         interrupt.check()
         for name, found in measured.items():
             self.alarms.validation(self.step, name, found)
-            log.write(self.step, {f"{name}_{key}": value for key, value in found.items()})
         folder = self._samples()
         facts = self.run.sampling() | {"step": self.step, "seed": settings.seed, "measured": measured}
         results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
+        self._log_validation(log, results)
         for name, scores in results["scores"].items():
-            log.write(self.step, {f"{name}_right_{key}": value for key, value in scores.items()})
             self.console.print(
                 f"step {self.step}: {name} right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()),
                 soft_wrap=True,
             )
 
+    def _log_validation(self, log: MetricsLog, results: dict[str, Any]) -> None:
+        """One line of numbers."""
+        found = {f"{name}_{key}": value for name, each in results["measured"].items() for key, value in each.items()}
+        scores = {f"{name}_right_{key}": v for name, each in results["scores"].items() for key, v in each.items()}
+        log.write(self.step, found | scores)
+
     def _samples(self) -> Path:
         return self.run.output_dir / "samples" / f"step-{self.step:06d}"
 
-    def _recall_validation(self) -> None:
-        """What the alarms saw of this step's validation, which came after its save."""
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            results = json.loads((self._samples() / validation.RESULTS).read_text(encoding="utf-8"))
+    def _results(self) -> dict[str, Any]:
+        """Of this step's validation; empty where there is none."""
+        with suppress(OSError, ValueError):
+            return json.loads((self._samples() / validation.RESULTS).read_text(encoding="utf-8"))
+        return {}
+
+    def _recall_validation(self, log: MetricsLog | None = None) -> None:
+        """What the alarms saw of this step's validation, which came after its save, and its line in the metrics."""
+        results = self._results()
+        with suppress(KeyError, TypeError, AttributeError):  # of another version
             for name, found in results["measured"].items():
                 self.alarms.validation(self.step, name, found)
+            if log is not None:
+                self._log_validation(log, results)
 
     def lacks_validation(self) -> bool:
         """Whether the run was stopped after this step was saved and before it was validated."""
@@ -356,7 +369,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.restart()
         if self.config.validation.every:
-            log = MetricsLog(self.run.output_dir, 0, self.config.log.tensorboard)
+            log = MetricsLog(self.run.output_dir, -1, self.config.log.tensorboard, self.console)
             try:
                 self.validate(log)
             finally:
@@ -365,12 +378,11 @@ class Trainer:
     def fit(self) -> None:
         shown = {"dmd": "dmd_loss", "critic": "critic_loss", "grad": "student_grad_norm"}
         steps, folder = self.config.train.max_steps, self.run.output_dir
-        lacking = self.lacks_validation()
         run_stage(
             *(self, steps, folder, self.config, self.console),
             shown=shown,
             validate=self.validate,
-            validate_first=lacking,
+            first=self.validate if self.lacks_validation() else self._recall_validation,
         )
 
 

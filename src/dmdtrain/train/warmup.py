@@ -18,7 +18,7 @@ from dmdtrain.data.videos import list_clips, read_clip
 from dmdtrain.models.decode import encode_videos
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
-from dmdtrain.train.alarms import Alarms, dump_bad_step, load_alarms
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms
 from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.log import Live
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
@@ -185,7 +185,7 @@ class Warmup:
         )
         if not finite:
             dump_bad_step(
-                *(self.root / "bad_steps", self.step, "student"),
+                *(self.run.output_dir / BAD_STEPS, self.step, WARMUP),
                 generator_state=before,
                 prompts=captions,
                 statistics=total,
