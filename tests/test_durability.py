@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -30,25 +32,33 @@ FORKS.set_forkserver_preload(["dmdtrain.train.trainer", "dmdtrain.train.commands
 UNLIMITED = resource.RLIM_INFINITY
 
 
-def command(args: list[str], log: str) -> None:
+def command(args: list[str], out: Connection, file_limit: int) -> None:
     """In a process of its own, forked from one that has imported everything: what the shell would call."""
     from dmdtrain.cli import main
 
     torch.set_num_threads(1)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, UNLIMITED))
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
     sys.argv = ["dmdtrain", *args]
     main()
 
 
 class Command:
-    """A running command whose output is read from a file."""
+    """A running command and its output so far."""
 
-    def __init__(self, args: tuple[object, ...], log: Path):
-        self.log = log
-        self.process = FORKS.Process(target=command, args=([str(a) for a in args], str(log)))
+    def __init__(self, args: tuple[object, ...], file_limit: int = UNLIMITED):
+        reader, writer = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=command, args=([str(a) for a in args], writer, file_limit))
         self.process.start()
+        writer.close()
+        self._parts: list[bytes] = []
+        self._reading = Thread(target=self._read, args=(reader,), daemon=True)
+        self._reading.start()
+
+    def _read(self, reader: Connection) -> None:
+        while part := os.read(reader.fileno(), 65536):
+            self._parts.append(part)
 
     def send(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -59,7 +69,7 @@ class Command:
 
     @property
     def output(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        return b"".join(self._parts).decode()
 
     def until(self, true: Callable[[], object], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -73,17 +83,17 @@ class Command:
     def code(self, seconds: float = 60) -> int:
         self.process.join(seconds)
         assert not self.process.is_alive(), self.output
+        self._reading.join(5)
         assert "Traceback" not in self.output
         return self.process.exitcode
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Command]]:
+def start() -> Iterator[Callable[..., Command]]:
     started: list[Command] = []
-    counter = itertools.count()
 
-    def launch(*args: object) -> Command:
-        started.append(Command(args, tmp_path / f"output-{next(counter)}.txt"))
+    def launch(*args: object, file_limit: int = UNLIMITED) -> Command:
+        started.append(Command(args, file_limit))
         return started[-1]
 
     yield launch
@@ -92,13 +102,8 @@ def start(tmp_path) -> Iterator[Callable[..., Command]]:
         each.process.join()
 
 
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("encoded")
-
-
 @pytest.fixture
-def write(settings, tmp_path, encoded) -> Callable[..., Path]:
+def write(settings, tmp_path) -> Callable[..., Path]:
     """The configuration of a run that would go on for long."""
 
     def config_file(**changes: object) -> Path:
@@ -346,15 +351,13 @@ def tensorboard_steps(run: Path) -> list[int]:
     return [event.step for event in events.Scalars("critic_loss")]
 
 
-def test_what_is_said_of_a_full_disk(start, write, run, tmp_path):
-    limit = tmp_path / "limit"
+def test_what_is_said_of_a_full_disk(start, write, run):
     file = write(**{"checkpoint.every": 1, "checkpoint.max_failed_saves": 4, "log.tensorboard": True})
     fit = start("fit", file)
     fit.until(lambda: list_checkpoints(run / "checkpoints"))
-    fit.limit_files(4000)  # the output still fits
+    fit.limit_files(1)
     assert fit.code() == 74
     said = [line for line in fit.output.splitlines() if "File too large" in line]
-    assert not limit.exists()
     saves = [line for line in said if "the checkpoint could not be saved" in line]
     assert [line.split("failure ")[1] for line in saves] == [f"{n} of at most 4 in a row" for n in (1, 2, 3, 4)]
     assert sum("tensorboard can not be written" in line for line in said) <= 1
@@ -424,6 +427,28 @@ def test_files_in_place_of_folders_do_not_stop_training(start, write, run):
     assert fit.output.count("tensorboard can not be written (File exists); training goes on") == 1
     assert fit.output.count("the samples could not be written (") == 2
     assert steps(run) == [1, 2, 3, 4] and newest(run / "checkpoints").name == "step-000004"
+
+
+def test_commands_on_a_full_disk_end_in_one_line_and_leave_nothing(start, write, run, tmp_path):
+    file = write(**{"train.max_steps": 1, "validation.num_frames": 1})
+    assert start("fit", file).code() == 0
+    ckpt, out = run / "checkpoints" / "step-000001", tmp_path / "out"
+    out.mkdir()
+    for args in (
+        ("fit", file, "--output-dir", out / "fit"),
+        ("validate", "--ckpt", ckpt, "--out", out / "validate"),
+        ("generate", "--ckpt", ckpt, "a cat", "--out", out / "a.mp4"),
+        ("export-lora", "--ckpt", ckpt, "--out", out / "a.safetensors"),
+        ("export-pipeline", "--ckpt", ckpt, "--out", out / "pipeline"),
+        ("synthesize", file, "--out", out / "made", "--count", 1, "--steps", 3),
+    ):
+        full = start(*args, file_limit=900 if args[0] == "synthesize" else 300)
+        assert full.code() in (2, 74), full.output
+        assert (
+            full.output.splitlines()[-1].startswith("dmdtrain: ") and "File too large" in full.output.splitlines()[-1]
+        )
+        assert not [f for f in half_written(out) if "partial" in f], args[0]
+        assert not [f for f in out.iterdir() if f.name in ("a.mp4", "a.safetensors", "pipeline")]
 
 
 @contextlib.contextmanager

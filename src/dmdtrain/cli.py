@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,11 @@ app = typer.Typer(
 Ckpt = Annotated[Path, typer.Option("--ckpt", help="A checkpoint folder, such as output/run/checkpoints/step-000200.")]
 Weights = Annotated[str, typer.Option(help="ema (the average) or raw; default: ema where the checkpoint has one.")]
 INPUT_ERROR, STOPPED, UNWRITABLE = 2, 1, 74
+# Errors of a disk or a mount, none of a program: full, quota, limit, read-only, no permission, broken, gone.
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+}
 
 
 @contextmanager
@@ -40,6 +46,11 @@ def _one_line_errors() -> Iterator[None]:
     except ConfigError as error:
         typer.echo(f"dmdtrain: {error}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        typer.echo(f"dmdtrain: {error.filename or 'a file'} can not be read or written: {error.strerror}", err=True)
+        raise typer.Exit(UNWRITABLE) from None
     except KeyboardInterrupt as stop:
         typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
         by = stop.asked if isinstance(stop, interrupt.Interrupted) else interrupt.SIGNALS[0]

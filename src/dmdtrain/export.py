@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors.torch import save_file
 
 from dmdtrain.config import ConfigError
-from dmdtrain.files import atomic, atomic_folder
+from dmdtrain.files import atomic_folder, save_tensors
 from dmdtrain.models.wan import WanFolder, load_transformer, part_folder
 
 FORMATS = ("diffusers", "comfyui")
@@ -75,8 +74,7 @@ def write_lora(
     metadata = {"format": "pt", "dmdtrain": json.dumps(sampling)}
     metadata |= {k: str(sampling[k]) for k in ("base_model", "timesteps", "guidance_scale")}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(file) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    save_tensors(file, tensors, metadata)
 
 
 def stock_scheduler(timesteps: list[float]) -> FlowMatchEulerDiscreteScheduler | None:

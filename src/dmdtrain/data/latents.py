@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dmdtrain.config import ConfigError
-from dmdtrain.files import atomic, write_text
+from dmdtrain.files import save_tensors, write_text
 
 INFO = "latents.json"
 
@@ -80,8 +79,7 @@ class LatentFolder:
     def write(self, index: int, caption: str, latents: torch.Tensor, states: torch.Tensor | None = None) -> None:
         tensors = {"latents": latents} if states is None else {"latents": latents, "states": states}
         halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
-        with atomic(self.file(index)) as partial:
-            save_file(halves, partial, metadata={"caption": caption})
+        save_tensors(self.file(index), halves, {"caption": caption})
 
 
 @contextmanager

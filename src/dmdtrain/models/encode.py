@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dmdtrain.config import ConfigError
-from dmdtrain.files import atomic
+from dmdtrain.files import save_tensors
 from dmdtrain.models.wan import WanFolder, load_text_encoder
 
 
@@ -47,8 +47,7 @@ class TextCache:
             chunk = missing[start : start + batch_size]
             hidden, lengths = encode_prompts(tokenizer, encoder, chunk, self.length)
             for prompt, row, length in zip(chunk, hidden, lengths, strict=True):
-                with atomic(self._file(prompt)) as partial:
-                    save_file({"embedding": row[:length].cpu().contiguous()}, partial)
+                save_tensors(self._file(prompt), {"embedding": row[:length].cpu().contiguous()})
         del encoder, tokenizer
         gc.collect()
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from dmdtrain.config import Alarms as Settings
 from dmdtrain.config import ConfigError
-from dmdtrain.files import atomic, write_text
+from dmdtrain.files import save_tensors, write_text
 from dmdtrain.train.step import Draws, mean_distance
 
 # Which rule watches which number of a step.
@@ -166,14 +164,13 @@ def dump_bad_step(
     try:
         folder.mkdir(exist_ok=True)
         name = f"step-{step:06d}-{role}"
-        with atomic(folder / f"{name}.safetensors") as partial:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+        save_tensors(folder / f"{name}.safetensors", {key: value.contiguous() for key, value in tensors.items()})
         write_text(folder / f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         for old in sorted(folder.glob("step-*.json"))[:-MAX_DUMPS]:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
     return None
 
 

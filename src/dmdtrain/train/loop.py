@@ -116,5 +116,5 @@ def run_stage(
                 console.print(f"stopped at {unit} {stage.step}; saved: {at}", soft_wrap=True)
         interrupt.check()
     finally:
-        saver.wait()
+        saver.close()
         log.close()

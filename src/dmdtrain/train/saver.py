@@ -75,13 +75,18 @@ class Saver:
         self._in_flight = 0
         self._error: BaseException | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def after_step(self, last: bool = False) -> bool:
         """Reports what the thread has done and saves where it is due. True: it took time that is not the step's.
 
         Raises:
             SavesFailed: too many failures in a row.
         """
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.busy:
             self.wait()
         step, every = self.stage.step, self.settings.every_minutes
         self._due |= step % self.settings.every == 0 or last or 0 < 60 * every <= time.monotonic() - self._clock
@@ -161,7 +166,19 @@ class Saver:
             self.wait()
             if self.saved_step == self.stage.step or interrupt.asked():
                 return
-            time.sleep(min(60, 2 ** (self.failed - 1)))
+            end = time.monotonic() + min(60, 2 ** (self.failed - 1))
+            while time.monotonic() < end and not interrupt.asked():
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        """Waits for what is in flight, after whatever has happened; a failure is told and raises nothing."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._error is not None:
+                self.console.print(
+                    f"step {self._in_flight}: the checkpoint could not be saved ({self._error})", soft_wrap=True
+                )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
