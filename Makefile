@@ -33,7 +33,7 @@ test-slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
-# Kills 200 tiny runs at random instants, resumes them, and compares bit for bit: about ten minutes on one core.
+# Kills 200 tiny runs at random instants, resumes them, and compares bit for bit: about a quarter of an hour on one core.
 torture: setup
 	$(BIN)/python scripts/torture.py --kills 200
 

@@ -36,9 +36,12 @@ class Saved(Protocol):
 
 
 def free_memory() -> int:
-    """Bytes of host memory that can still be taken, within the limit of a container."""
-    pages = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
-    free = 1024 * int(pages["MemAvailable"])
+    """Bytes of host memory that can still be taken, within the limit of a container; 0 where it is not known."""
+    try:
+        pages = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
+        free = 1024 * int(pages["MemAvailable"])
+    except (OSError, KeyError):
+        return 0
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))

@@ -398,7 +398,6 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
         total = torch.cuda.get_device_properties(0).total_memory
         console.print(memory_line(run, total), soft_wrap=True, highlight=False)
     if dry_run:
-        find_resume(config, resume)
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
     try:
