@@ -8,7 +8,7 @@ DEMO ?= output/wan-tiny
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-gpu lint format bench bench-gpu bench-wan-tiny wan-tiny clean
+.PHONY: setup demo test test-slow test-gpu lint format torture bench bench-gpu bench-wan-tiny wan-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Kills 200 tiny runs at random instants, resumes them, and compares bit for bit: about a quarter of an hour on one core.
+torture: setup
+	$(BIN)/python scripts/torture.py --kills 200
 
 lint: setup
 	$(BIN)/ruff check .

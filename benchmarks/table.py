@@ -40,9 +40,10 @@ def steps(records: list[dict[str, Any]]) -> str:
                 changed = ", ".join(o.split(".", 1)[1] for o in found["overrides"]) or "defaults"
                 peak = found.get("allocated_peak_gib", found["live_peak_gib"])
                 times = [f"{found.get(f'seconds_{phase}', 0):.2f}" for phase in PHASES]
-                lines.append(
-                    [f"{record['device']}, {record['size']}: {changed}", f"{peak:.2f}", f"{found['planned_peak_gib']:.2f}", f"{found.get('live_host_gib', 0):.2f}", f"{found['seconds']:.2f}", *times, f"{found['utilisation']:.0%}", f"{found['samples_per_hour']:.0f}"]
-                )
+                sizes = [f"{size:.2f}" for size in (peak, found["planned_peak_gib"], found.get("live_host_gib", 0))]
+                rates = [f"{found['utilisation']:.0%}", f"{found['samples_per_hour']:.0f}"]
+                name = f"{record['device']}, {record['size']}: {changed}"
+                lines.append([name, *sizes, f"{found['seconds']:.2f}", *times, *rates])
     return rows(header, lines)
 
 

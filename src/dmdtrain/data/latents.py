@@ -11,7 +11,6 @@ Latents are normalised (zero mean, unit deviation by the codec's statistics) and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.files import save_tensors, write_text
 
 INFO = "latents.json"
 
@@ -55,11 +54,11 @@ class LatentFolder:
                 raise ConfigError(
                     f"{key}: {path} was made otherwise ({name}: {found.get(name)!r}, now {facts[name]!r}); choose another"
                 )
-        elif path.exists() and (not path.is_dir() or any(f.name != f".{INFO}.partial" for f in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(not f.name.startswith(f".{INFO}.") for f in path.iterdir())):
             raise ConfigError(f"{key}: {path} exists and holds no latents; choose another")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            write_text(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
             (path / "samples").mkdir(exist_ok=True)
             for leftover in (path / "samples").glob(".*.partial"):
                 leftover.unlink()
@@ -79,10 +78,8 @@ class LatentFolder:
 
     def write(self, index: int, caption: str, latents: torch.Tensor, states: torch.Tensor | None = None) -> None:
         tensors = {"latents": latents} if states is None else {"latents": latents, "states": states}
-        partial = self.file(index).with_name(f".{index:06d}.{os.getpid()}.partial")
         halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
-        save_file(halves, partial, metadata={"caption": caption})
-        partial.rename(self.file(index))
+        save_tensors(self.file(index), halves, {"caption": caption})
 
 
 @contextmanager
@@ -112,9 +109,3 @@ def read_latents(files: list[Path], num_frames: int) -> tuple[list[str], torch.T
             if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
                 states.append(handle.get_slice("states")[:, :, :num_frames].float())
     return captions, torch.stack(latents), torch.stack(states, 1) if states else None
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(file)

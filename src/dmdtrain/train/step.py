@@ -133,6 +133,12 @@ def check_score_ranges(config: Config, timesteps: list[float]) -> None:
             ) from None
 
 
+def mean_distance(videos: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of two videos, over all pairs of [n, ...]: 0 where they are all the same."""
+    flat = videos.detach().flatten(1).float()
+    return torch.pdist(flat).mean() / flat.shape[1] ** 0.5
+
+
 class Distiller:
     """The DMD losses of one run.
 
@@ -270,6 +276,8 @@ class Distiller:
             "x0_mean": x0.mean(),
             "x0_std": x0.std(),
         }
+        if len(x0) > 1:
+            stats["x0_diversity"] = mean_distance(x0)
         with self.phases("replay"):
             replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
         return stats, x0
