@@ -28,6 +28,7 @@ from dmdtrain.train.checkpoint import (
     write_checkpoint,
 )
 from dmdtrain.train.log import MetricsLog
+from dmdtrain.train.saver import SavesFailed
 from dmdtrain.train.trainer import find_resume, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +114,26 @@ def test_what_was_just_written_stays(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path, step, keep=3)
     assert write(tmp_path, 3, keep=2).is_dir()
+
+
+def test_a_checkpoint_marked_by_its_user_stays_and_is_not_counted(tmp_path):
+    write(tmp_path, 2)
+    (tmp_path / "step-000002" / "KEEP").touch()
+    for step in (4, 6, 8):
+        write(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-000002", "step-000006", "step-000008"]
+    check_checkpoint(tmp_path / "step-000002")
+    write(tmp_path, 2, keep=1)  # written again, it is still marked
+    assert names(tmp_path) == ["step-000002"]
+    write(tmp_path, 10, keep=1)
+    assert names(tmp_path) == ["step-000002", "step-000010"]
+
+
+def test_sizes_are_in_the_manifest(tmp_path):
+    folder = write(tmp_path, 2)
+    assert read_json(folder, "state.json") == {"step": 2}
+    manifest = check_checkpoint(folder)
+    assert manifest["bytes"] == {name: (folder / name).stat().st_size for name in manifest["sha256"]}
 
 
 def test_a_step_that_comes_by_again_replaces_the_old_one(tmp_path):
@@ -409,10 +430,23 @@ def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
     shutil.copytree(root / "step-000004", root / "step-000014")
     (root / "step-000014" / "manifest.json").unlink()
     assert find_resume(config, "auto") == root / "step-000010"
-    # A damaged newest one is not passed over in silence.
+    # Damaged ones are passed over, and told of, as long as an undamaged one is left.
     (root / "step-000010" / "state.json").write_text("{}")
+    assert find_resume(config, "auto") == root / "step-000004"
+    found, damaged = checkpoints.newest_good(run)
+    assert (found, damaged) == (
+        root / "step-000004",
+        {
+            root / "step-000014": "not a checkpoint (manifest.json is missing)",
+            root / "step-000010": "state.json is damaged (its checksum differs)",
+        },
+    )
+    for step in (2, 4):
+        (root / f"step-{step:06d}" / "state.json").write_text("{}")
     line = refusal(find_resume, config, "auto")
-    assert line == f"--resume: {root / 'step-000010'}: state.json is damaged (its checksum differs)"
+    assert line.startswith(
+        f"--resume: {root / 'step-000014'}: not a checkpoint (manifest.json is missing); no undamaged"
+    )
 
 
 def test_resume_never_refuses_a_run(run, settings_of_a_run, tmp_path):
@@ -607,24 +641,25 @@ def test_a_run_survives_a_full_disk_and_a_kill(small, monkeypatch):
     def fail(*args, **kwargs):
         nonlocal saves
         saves += 1
-        if saves == 9:  # six files a checkpoint: in the middle of step 4
+        if saves >= 9:  # six files a checkpoint: in the middle of step 4
             raise OSError(28, "No space left on device")
         return save(*args, **kwargs)
 
     monkeypatch.setattr(checkpoints, "save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
-        fit(small, "auto", Console(quiet=True))
+    once = small.model_copy(update={"checkpoint": small.checkpoint.model_copy(update={"max_failed_saves": 1})})
+    with pytest.raises(SavesFailed, match=r"step 4: 1 saves in a row failed \(No space left on device\)"):
+        fit(once, "auto", Console(quiet=True))
     monkeypatch.undo()
     root = output / "checkpoints"
-    assert names(root) == ["step-000002"]
-    assert (root / ".step-000004.partial").exists()
+    assert [f.name for f in root.iterdir()] == ["step-000002"]
     check_checkpoint(root / "step-000002")
     assert [line["step"] for line in lines_of(output)] == [1, 2, 3, 4]
     # Killed while it wrote a line, too.
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "crit')
     # A half-written step that this run does not come by again goes too.
-    shutil.copytree(root / ".step-000004.partial", root / ".step-000003.partial")
+    for leftover in (".step-000003.partial", ".step-000001.removed"):
+        shutil.copytree(root / "step-000002", root / leftover)
     fit(small, "auto", Console(quiet=True))
     assert sorted(f.name for f in root.iterdir()) == ["step-000002", "step-000004"]
     assert [line["step"] for line in lines_of(output)] == [1, 2, 3, 4]
@@ -658,7 +693,9 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["student"]["rank"] == 4
     sampling = read_json(folder, "sampling.json")
     assert sampling["timesteps"] == [1000.0, 757.0, 522.0] and sampling["sigmas"] == [1.0, 0.757, 0.522]
-    assert read_json(folder, "state.json") == {
+    state = read_json(folder, "state.json")
+    assert state.pop("alarms").keys() == {"running", "counts", "active"}
+    assert state == {
         "stage": "dmd",
         "step": 4,
         "student_updates": 2,

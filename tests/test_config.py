@@ -134,6 +134,9 @@ CHANGED = {
     "ema.validate_with": "raw",
     "checkpoint.every": 50,
     "checkpoint.keep": 1,
+    "checkpoint.every_minutes": 2.5,
+    "checkpoint.background": False,
+    "checkpoint.max_failed_saves": 2,
     "validation.every": 0,
     "validation.prompts": ["a cat", "no", "1e5"],
     "validation.count": 2,
@@ -147,6 +150,12 @@ CHANGED = {
     "validation.tiled_decoding": True,
     "log.every": 10,
     "log.tensorboard": False,
+    "alarms.window": 20,
+    "alarms.x0_drift": 4.5,
+    "alarms.gradient_jump": 0.0,
+    "alarms.critic_divergence": 2.5,
+    "alarms.diversity": 0.0,
+    "alarms.saturation": 0.75,
     "output_dir": "null",
 }
 
@@ -192,11 +201,9 @@ MAY_CHANGE = {
     "ema.keep_on",
     "data.on_bad_video",
     "output_dir",
-    "checkpoint.every",
-    "checkpoint.keep",
     "log.every",
     "log.tensorboard",
-    *(key for key in CHANGED if key.startswith("validation.")),
+    *(key for key in CHANGED if key.startswith(("checkpoint.", "alarms.", "validation."))),
 }
 
 
@@ -391,6 +398,12 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("train.batch_size", -1, "-1: it must be at least 1"),
         ("train.seed", -1, "-1: it must be at least 0"),
         ("checkpoint.every", 0, "0: it must be at least 1"),
+        ("alarms.window", 9, "9: it must be at least 10"),
+        ("alarms.x0_drift", -1, "-1: it must be at least 0"),
+        ("alarms.diversity", 1, "1: it must be below 1"),
+        ("alarms.saturation", 1.5, "1.5: it must be at most 1"),
+        ("checkpoint.every_minutes", -1, "-1: it must be at least 0"),
+        ("checkpoint.max_failed_saves", 0, "0: it must be at least 1"),
         ("optimizer.lr", 0, "0: it must be above 0"),
         ("optimizer.lr", float("inf"), "inf: input should be a finite number"),
         ("student.alpha", -2, "-2: it must be above 0"),

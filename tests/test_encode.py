@@ -141,7 +141,7 @@ def test_files_are_kept_to_the_true_length_and_reused(wan_folder, tmp_path):
 
 
 def test_prompts_that_were_not_prepared_are_no_zeros(folder, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match=r"^\S+\.safetensors can not be read \(No such file"):
         cache(folder, tmp_path).get(["a cat"])
 
 

@@ -37,6 +37,8 @@ def test_whole_road(run_cli, config_file, tmp_path):
     run = tmp_path / "run"
     assert [f.name for f in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validated = lines.pop()
+    assert validated.keys() == {"step", "validation_ema_saturation", "validation_ema_diversity"}
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all("critic_loss" in line for line in lines)
     assert ["dmd_loss" in line for line in lines] == [False, True, False, True]

@@ -98,6 +98,11 @@ CASES = {
         {"rollout": CAUSAL, "precision": "int8"},
         {"rollout": CAUSAL | {"kv_cache": "host"}, "stream": True, "checkpoints_on_host": True},
     ),
+    "autocast, no float32 copies for adapters": (
+        0.0,
+        {"train": {"mixed_precision": "bf16"}},
+        {"train": {"mixed_precision": "bf16"}, "autocast": True},
+    ),
     "causal, compiled": (1e-5, {"rollout": CAUSAL}, {"compile_backend": "aot_eager"}),
     "int8, compiled, checkpoints on the host": (
         1e-5,
@@ -158,6 +163,16 @@ def test_checkpoints_on_the_host_leave_the_device():
     assert plain.host_peak == 0 and moved.host_peak == LAYERS * checkpoint
     # All but the one at hand and the one that is brought back beside it.
     assert plain.peak - moved.peak == pytest.approx((LAYERS - 3) * checkpoint, abs=2 * checkpoint)
+
+
+def test_under_autocast_adapters_keep_no_float32_copies_of_activations():
+    saved = []
+    for autocast in (False, True):
+        distiller, kept = make(train={"mixed_precision": "bf16"}, autocast=autocast, gradient_checkpointing=False), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            distiller._roll_out(distiller._student(CONTEXT), distiller.draw(2, torch.Generator()), for_replay=True)
+        saved.append(sum(t.nbytes for t in {id(t.untyped_storage()): t for t in kept}.values()))
+    assert saved[1] < 0.97 * saved[0]
 
 
 def test_a_cache_on_the_host_or_in_int8_is_smaller_on_the_device():
@@ -445,7 +460,7 @@ def test_batches_are_the_same_however_far_ahead_they_are_drawn(settings):
 
     trainer = Trainer(resolve(build(settings)), Console())
     new = partial(Batches, 2, text=trainer.text, distiller=trainer.distiller, seed=9)
-    lazy, eager = (new(prompts=EpochSampler(trainer.run.prompts, 4)) for _ in range(2))
+    lazy, eager = (new(sampler=EpochSampler(trainer.run.prompts, 4)) for _ in range(2))
     states, batches = [], []
     for _ in range(3):
         states.append(lazy.state_dict())
@@ -457,5 +472,7 @@ def test_batches_are_the_same_however_far_ahead_they_are_drawn(settings):
         assert torch.equal(ahead.draws.noise, batches[-1].draws.noise)
         assert torch.equal(ahead.context, batches[-1].context)
     eager.prefetch()
-    eager.load_state_dict(states[1])
+    eager.generator.set_state(states[1]["draws"])
+    eager.sampler.load_state_dict({k.removeprefix("prompts."): v for k, v in states[1].items() if k != "draws"})
+    eager.forget()
     assert torch.equal(eager.take().draws.noise, batches[1].draws.noise)

@@ -369,7 +369,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write, tmp_path, caus
         shutil.rmtree(run)
     assert any("real_data_loss" in line for line in metrics(whole))
     state = load_file(whole / "checkpoints" / "step-000006" / "random.safetensors")
-    assert {"real.generator", "real.clips.orders"} <= set(state)
+    assert {"real.draws", "real.clips.orders"} <= set(state)
 
 
 def test_other_clips_can_not_go_on_from_a_checkpoint(write, made, tmp_path):

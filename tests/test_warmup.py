@@ -732,3 +732,5 @@ def test_too_many_in_a_row_stop_the_run(write, data, tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("dmdtrain: step 3: loss or gradient was not finite 3 steps in a row; lower warmup.lr")
     assert names(tmp_path / "run" / "warmup") == []  # nothing bad was saved
+    facts = json.loads((tmp_path / "run" / "bad_steps" / "step-000003-warmup.json").read_text())
+    assert facts["gradient_norms"] == {"student": "nan"} and facts["statistics"] == {"warmup_loss": "nan"}

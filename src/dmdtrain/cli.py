@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,23 +25,36 @@ app = typer.Typer(
 
 Ckpt = Annotated[Path, typer.Option("--ckpt", help="A checkpoint folder, such as output/run/checkpoints/step-000200.")]
 Weights = Annotated[str, typer.Option(help="ema (the average) or raw; default: ema where the checkpoint has one.")]
-INPUT_ERROR, STOPPED, INTERRUPTED = 2, 1, 130
+INPUT_ERROR, STOPPED, UNWRITABLE = 2, 1, 74
+# Errors of a disk or a mount, none of a program: full, quota, limit, read-only, no permission, broken, gone.
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+}
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """A mistake of the user's ends in one line and exit code 2, never in a traceback."""
     from dmdtrain.config import ConfigError
+    from dmdtrain.train import interrupt
 
     _quiet()
     try:
-        yield
+        with interrupt.listening():
+            yield
     except ConfigError as error:
         typer.echo(f"dmdtrain: {error}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        typer.echo(f"dmdtrain: {error.filename or 'a file'} can not be read or written: {error.strerror}", err=True)
+        raise typer.Exit(UNWRITABLE) from None
+    except KeyboardInterrupt as stop:
         typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        by = stop.asked if isinstance(stop, interrupt.Interrupted) else interrupt.SIGNALS[0]
+        raise typer.Exit(interrupt.exit_code(by)) from None
 
 
 def _quiet() -> None:
@@ -58,7 +72,33 @@ def _quiet() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(file=_Output())  # type: ignore[arg-type]
+
+
+class _Output:
+    """Standard output. Lines that a full disk does not take are lost, characters that a terminal does not know are replaced;
+    the command goes on."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stdout.write(text)
+        except UnicodeEncodeError:
+            return sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
 
 
 @app.command()
@@ -72,7 +112,12 @@ def fit(
     output_dir: Annotated[str | None, typer.Option(help="The same as --set output_dir=DIR.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print everything, load no model.")] = False,
 ) -> None:
-    """Train a student."""
+    """Train a student.
+
+    Exit codes: 0 done; 1 training can not go on (not finite, out of memory); 2 a mistake in the call, the configuration or a
+    file; 74 too many checkpoints could not be saved; 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, after the step was
+    finished and saved. The same command goes on.
+    """
     with _one_line_errors():
         from dmdtrain.config import load
 
@@ -81,14 +126,14 @@ def fit(
         overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
         checked = load(config, overrides)
 
-        from dmdtrain.train.loop import TrainingStopped
+        from dmdtrain.train.saver import SavesFailed, TrainingStopped
         from dmdtrain.train.trainer import fit as run_fit
 
         try:
             run_fit(checked, resume, _console(), dry_run=dry_run)
         except TrainingStopped as error:
             typer.echo(f"dmdtrain: {error}", err=True)
-            raise typer.Exit(STOPPED) from None
+            raise typer.Exit(UNWRITABLE if isinstance(error, SavesFailed) else STOPPED) from None
 
 
 @app.command()

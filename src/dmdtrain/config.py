@@ -479,8 +479,15 @@ class Ema(Group):
 class Checkpoint(Group):
     every: Count = 200
     """Steps. The last step is always saved."""
+    every_minutes: NonNegative = 0.0
+    """Minutes since the last save after which a step is saved as well; 0: by steps alone."""
     keep: Count = 3
-    """Checkpoints that stay; older ones are removed after a new one is complete."""
+    """Checkpoints that stay; older ones are removed after a new one is complete. One with a file `KEEP` in it stays as well."""
+    background: bool = True
+    """Write in a thread, from a copy in host memory, where that fits; steps go on meanwhile. The same files either way."""
+    max_failed_saves: Count = 8
+    """Consecutive saves that may fail (disk full, folder gone) before the run stops. Each is tried again 1, 2, 4 ... steps
+    later, at most `every`."""
 
 
 class Validation(Group):
@@ -523,6 +530,26 @@ class Log(Group):
     tensorboard: bool = True
 
 
+class Alarms(Group):
+    """What is watched while it trains. An alarm is a line on the console when it begins and a count in the metrics
+    (`alarms_...`); it never changes training."""
+
+    window: Annotated[int, Field(ge=10)] = 100
+    """Updates over which running means forget. Alarms begin after a fifth of it."""
+    x0_drift: NonNegative = 6.0
+    """Deviations that the mean or the deviation of the student's x0 may be from its running mean; 0: off."""
+    gradient_jump: NonNegative = 20.0
+    """Times its running mean that a gradient norm may be, before clipping; 0: off."""
+    critic_divergence: NonNegative = 3.0
+    """Times its running mean that the fake score's loss, or its distance to the teacher, may be over a tenth of the window;
+    0: off."""
+    diversity: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of its running mean below which the distance between the videos of a batch (of 2 or more), or of the first
+    validation's below which that between prompts in validation, must not fall; 0: off."""
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of a validation's colour values that may be black or full (within 1 %); 0: off."""
+
+
 class Config(Group):
     model: Model = Model()
     student: Student = Student()
@@ -538,6 +565,7 @@ class Config(Group):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()
+    alarms: Alarms = Alarms()
     output_dir: Annotated[str, Field(min_length=1)] = "output/dmdtrain"
 
     @model_validator(mode="after")
@@ -619,6 +647,7 @@ RESUMABLE = (
     "checkpoint",
     "validation",
     "log",
+    "alarms",
     "ema.validate_with",
     "ema.keep_on",
     "data.on_bad_video",
@@ -712,7 +741,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):

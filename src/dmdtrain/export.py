@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors.torch import save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.files import atomic_folder, save_tensors
 from dmdtrain.models.wan import WanFolder, load_transformer, part_folder
 
 FORMATS = ("diffusers", "comfyui")
@@ -29,6 +29,10 @@ _COMFYUI = [
     (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
     (r"\.ffn\.net\.2$", ".ffn.2"),
 ]
+
+
+class StudentError(Exception):
+    """A student's weights are of another model."""
 
 
 def comfyui_name(module: str) -> str:
@@ -70,9 +74,7 @@ def write_lora(
     metadata = {"format": "pt", "dmdtrain": json.dumps(sampling)}
     metadata |= {k: str(sampling[k]) for k in ("base_model", "timesteps", "guidance_scale")}
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.rename(file)
+    save_tensors(file, tensors, metadata)
 
 
 def stock_scheduler(timesteps: list[float]) -> FlowMatchEulerDiscreteScheduler | None:
@@ -129,6 +131,7 @@ def pipeline_source() -> str:
 def merge(transformer: Any, weights: dict[str, torch.Tensor], scale: float | None) -> None:
     """Puts a student into a plain transformer: B A * scale added in float32, or (scale None) whole weights copied."""
     own = dict(transformer.named_parameters())
+    _check_merge(own, weights, whole=scale is None)
     with torch.no_grad():
         for key, value in weights.items():
             if scale is None:
@@ -137,6 +140,20 @@ def merge(transformer: Any, weights: dict[str, torch.Tensor], scale: float | Non
                 module = key.removesuffix(".lora_A.weight")
                 delta = weights[f"{module}.lora_B.weight"].float() @ value.float() * scale
                 own[f"{module}.weight"].copy_(own[f"{module}.weight"].float() + delta)
+
+
+def _check_merge(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, whole: bool) -> None:
+    """StudentError unless a student's tensors are those of this transformer."""
+    for key, value in weights.items():
+        module, _, part = key.rpartition(".lora_")
+        target = own.get(key if whole else f"{module}.weight")
+        if target is None:
+            raise StudentError(f"its student holds {key}, which the base model lacks")
+        right = value.shape == target.shape
+        if not whole:
+            right = value.shape[-1] == target.shape[1] if part == "A.weight" else value.shape[0] == target.shape[0]
+        if not right:
+            raise StudentError(f"its student's {key} is {list(value.shape)}, the base's is {list(target.shape)}")
 
 
 def write_pipeline(
@@ -152,12 +169,22 @@ def write_pipeline(
         facts: as `Run.sampling` gives them, with height, width and num_frames of a call.
     """
     scheduler = None if facts["causal"] else stock_scheduler(facts["timesteps"])
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     transformer = load_transformer(base, precision)
     merge(transformer, weights, scale)
+    with atomic_folder(folder) as partial:
+        _fill_pipeline(partial, folder.name, base, transformer, scheduler, facts)
+    return "WanPipeline" if scheduler is not None else PIPELINE_CLASS
+
+
+def _fill_pipeline(
+    partial: Path,
+    name: str,
+    base: WanFolder,
+    transformer: Any,
+    scheduler: FlowMatchEulerDiscreteScheduler | None,
+    facts: dict,
+) -> None:
     transformer.save_pretrained(partial / "transformer")
-    del transformer
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(part_folder(base, part), partial / part)
     stock = scheduler or FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
@@ -176,9 +203,7 @@ def write_pipeline(
         (partial / f"{PIPELINE_MODULE}.py").write_text(pipeline_source(), encoding="utf-8")
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (partial / "sampling.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(_usage(folder.name, facts, scheduler is not None), encoding="utf-8")
-    partial.rename(folder)
-    return "WanPipeline" if scheduler is not None else PIPELINE_CLASS
+    (partial / "README.md").write_text(_usage(name, facts, scheduler is not None), encoding="utf-8")
 
 
 def _usage(name: str, facts: dict[str, Any], stock: bool) -> str:

@@ -25,6 +25,10 @@ def bucket_size(width: int, height: int, area: int, multiple: int, rounding: int
     return (short, long) if width >= height else (long, short)
 
 
+class OtherItems(ValueError):
+    """A sampler has other items than when its state was saved."""
+
+
 T = TypeVar("T")
 
 
@@ -106,6 +110,10 @@ class BucketSampler(Generic[T]):
         return stream.items[order.pop()]
 
     @cached_property
+    def items(self) -> Sequence[T]:
+        return [item for stream in self.streams for item in stream.items]
+
+    @cached_property
     def _fingerprint(self) -> torch.Tensor:
         digest = hashlib.sha256()
         for stream in self.streams:
@@ -116,13 +124,18 @@ class BucketSampler(Generic[T]):
         lengths = torch.tensor([len(order) for order in self._orders])
         orders = torch.tensor([i for order in self._orders for i in order], dtype=torch.int64)
         state = {"generator": self.generator.get_state(), "orders": orders, "lengths": lengths}
-        return state | {"behind": self._behind.clone(), "owed": self._owed.clone(), "items": self._fingerprint}
+        state |= {"behind": self._behind.clone(), "owed": self._owed.clone()}
+        return state | {"items": self._fingerprint.clone(), "count": torch.tensor(len(self.items))}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where the items are not those of when the state was saved."""
-        if not torch.equal(state["items"], self._fingerprint):
-            count = sum(len(stream.items) for stream in self.streams)
-            raise ValueError(f"{count} items now, which are not those of when the checkpoint was saved")
+        """Raises OtherItems where they are not those of when the state was saved."""
+        if int(state["count"]) != len(self.items) or not torch.equal(state["items"], self._fingerprint):
+            raise OtherItems(f"{len(self.items)} items now, which are not those of when the checkpoint was saved")
+        orders = [order.tolist() for order in state["orders"].split(state["lengths"].tolist())]
+        for order, stream in zip(orders, self.streams, strict=True):
+            if any(not 0 <= i < len(stream.items) for i in order):
+                raise ValueError(f"an order is no list of numbers below {len(stream.items)}")
+        if state["behind"].shape != self._behind.shape or state["owed"].shape != self._owed.shape:
+            raise ValueError("what buckets are owed is of other buckets")
         self.generator.set_state(state["generator"])
-        self._orders = [order.tolist() for order in state["orders"].split(state["lengths"].tolist())]
-        self._behind, self._owed = state["behind"].clone(), state["owed"].clone()
+        self._orders, self._behind, self._owed = orders, state["behind"].clone(), state["owed"].clone()

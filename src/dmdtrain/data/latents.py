@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.files import save_tensors, write_text
 
 INFO = "latents.json"
 
@@ -61,11 +59,11 @@ class LatentFolder:
                 raise ConfigError(
                     f"{key}: {path} was made otherwise ({name}: {found.get(name)!r}, now {facts[name]!r}); choose another"
                 )
-        elif path.exists() and (not path.is_dir() or any(f.name != f".{INFO}.partial" for f in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(not f.name.startswith(f".{INFO}.") for f in path.iterdir())):
             raise ConfigError(f"{key}: {path} exists and holds no latents; choose another")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            write_text(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
             (path / "samples").mkdir(exist_ok=True)
             for leftover in (path / "samples").glob(".*.partial"):
                 leftover.unlink()
@@ -86,7 +84,7 @@ class LatentFolder:
     def write(self, index: int, caption: str, latents: torch.Tensor, states: torch.Tensor | None = None) -> None:
         tensors = {"latents": latents} if states is None else {"latents": latents, "states": states}
         halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
-        _save(halves, self.file(index), {"caption": caption})
+        save_tensors(self.file(index), halves, {"caption": caption})
 
 
 def holds_latents(path: Path, key: str) -> bool:
@@ -111,11 +109,9 @@ class LatentCache:
         half, file = latents.half().cpu().contiguous(), self.file(name)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _save({"latents": half}, file, {"sha256": _checksum(half)})
-        except (OSError, SafetensorError) as error:
-            for partial in file.parent.glob(f".{name}.*.partial") if file.parent.is_dir() else ():
-                partial.unlink(missing_ok=True)
-            raise ConfigError(f"output_dir: {file} can not be written: {error}") from None
+            save_tensors(file, {"latents": half}, {"sha256": _checksum(half)})
+        except OSError as error:
+            raise ConfigError(f"output_dir: {file} can not be written: {error.strerror}") from None
 
     def read(self, names: list[str]) -> torch.Tensor:
         """[B, C, T, H, W] in float32. A file that is damaged is removed; ConfigError then says so."""
@@ -154,14 +150,6 @@ def _checksum(latents: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    partial = file.with_name(f".{file.stem}.{uuid.uuid4().hex[:12]}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    partial.rename(file)
-
-
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
@@ -189,9 +177,3 @@ def read_latents(files: list[Path], num_frames: int) -> tuple[list[str], torch.T
             if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
                 states.append(handle.get_slice("states")[:, :, :num_frames].float())
     return captions, torch.stack(latents), torch.stack(states, 1) if states else None
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(file)

@@ -59,5 +59,8 @@ class EpochSampler(Generic[T]):
         """Raises ValueError where there are more or fewer items than when the state was saved."""
         if int(state["count"]) != len(self.items):
             raise ValueError(f"{len(self.items)} items now, {int(state['count'])} when the checkpoint was saved")
+        order = state["order"]
+        if order.dtype != torch.int64 or order.ndim != 1 or any(not 0 <= i < len(self.items) for i in order.tolist()):
+            raise ValueError(f"the order is no list of numbers below {len(self.items)}")
         self.generator.set_state(state["generator"])
-        self._order = state["order"].tolist()
+        self._order = order.tolist()

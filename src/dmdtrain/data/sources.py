@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data.decode import Header, read_header
+from dmdtrain.files import write_text
 
 
 @dataclass
@@ -75,10 +76,8 @@ class SourceIndex:
         """Rewrites the file with the last line of every source that is still there."""
         if not self.file.exists():
             return
-        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}.partial")
         kept = [source for source in self._known.values() if Path(source.path).exists()]
-        partial.write_text("".join(json.dumps(asdict(source)) + "\n" for source in kept), encoding="utf-8")
-        partial.rename(self.file)
+        write_text(self.file, "".join(json.dumps(asdict(source)) + "\n" for source in kept))
 
 
 def inspect(file: Path) -> Source:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from dmdtrain.config import ConfigError
+from dmdtrain.files import save_tensors
 from dmdtrain.models.wan import WanFolder, load_text_encoder
 
 
@@ -45,11 +47,18 @@ class TextCache:
             chunk = missing[start : start + batch_size]
             hidden, lengths = encode_prompts(tokenizer, encoder, chunk, self.length)
             for prompt, row, length in zip(chunk, hidden, lengths, strict=True):
-                file = self._file(prompt)
-                save_file({"embedding": row[:length].cpu().contiguous()}, file.with_suffix(f".{os.getpid()}"))
-                file.with_suffix(f".{os.getpid()}").rename(file)
+                save_tensors(self._file(prompt), {"embedding": row[:length].cpu().contiguous()})
         del encoder, tokenizer
         gc.collect()
+
+    def _read(self, file: Path) -> torch.Tensor:
+        try:
+            return load_file(file)["embedding"].float()
+        except (OSError, SafetensorError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{file} can not be read ({reason}); delete it where it is broken: the same command makes it again"
+            ) from None
 
     def get(self, prompts: list[str]) -> torch.Tensor:
         """[B, L, D] float32 on the device; zeros past each prompt's end. Prompts must have been prepared."""
@@ -58,7 +67,7 @@ class TextCache:
             if prompt not in self._memory:
                 if len(self._memory) >= 1024:
                     self._memory.clear()
-                self._memory[prompt] = load_file(self._file(prompt))["embedding"].float()
+                self._memory[prompt] = self._read(self._file(prompt))
             row = self._memory[prompt]
             rows.append(torch.cat([row, row.new_zeros(self.length - len(row), row.shape[1])]))
         return torch.stack(rows).to(self.device)

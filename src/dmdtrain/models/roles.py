@@ -62,6 +62,8 @@ class Roles:
         adapter_dtype: of LoRA weights. causal: the student's passes may be given a view.
         gradient_checkpointing: a block's input is all that a pass with gradient keeps of it. checkpoints_on_host: in host
             memory. checkpoint_replay: also in passes of one temporal block through a cache.
+        autocast: passes run under autocast, which casts what a LoRA layer sees; without, PEFT does, and its float32 copies
+            of activations are kept for backward.
         compile_backend: of torch.compile, for the transformers' blocks; None: they are not compiled.
         init_lora_weights: False makes LoRA B random instead of zero (for tests).
     """
@@ -78,6 +80,7 @@ class Roles:
         gradient_checkpointing: bool = False,
         checkpoints_on_host: bool = False,
         checkpoint_replay: bool = True,
+        autocast: bool = False,
         compile_backend: str | None = None,
         init_lora_weights: bool = True,
     ):
@@ -98,6 +101,8 @@ class Roles:
             for parameter in self.parameters(name):
                 parameter.requires_grad_(True)
         self._layers = {id(role.module): _tuner_layers(role.module) for role in self.roles.values()}
+        for layer in (layer for layers in self._layers.values() for layer in layers):
+            layer.cast_input_dtype_enabled = not autocast
         self._active: dict[int, str | None] = {}
         student = self.roles["student"].module if causal else None
         self._holders = {id(student): install(student)} if causal else {}

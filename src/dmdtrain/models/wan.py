@@ -34,6 +34,7 @@ class WanFolder:
     hub: bool  # `path` is a snapshot from the hub that so far holds configs alone
     transformer: dict[str, Any]
     vae: dict[str, Any]
+    text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
 
     @property
@@ -109,7 +110,7 @@ def find_folder(name: str, key: str) -> WanFolder:
         )
     if vae.get("scale_factor_temporal", VAE_TEMPORAL_FACTOR) != VAE_TEMPORAL_FACTOR:
         raise ConfigError(f"{key}: {name}: the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan 2.1")
-    return WanFolder(path, name, hub, transformer, vae, configs["scheduler"])
+    return WanFolder(path, name, hub, transformer, vae, configs["text_encoder"], configs["scheduler"])
 
 
 def _check_weights(folder: Path, name: str, key: str) -> None:

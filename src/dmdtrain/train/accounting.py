@@ -202,9 +202,9 @@ def _validate(run: Run, distiller: Distiller, peaks: PeakPhases) -> None:
             block = next(blocks, None)
         if block is None:
             break
-        with peaks("decoding"):
-            for frame in block.split(1, dim=2):
-                if decoded < 3 and not tiled:  # what it remembers of earlier frames is full then
+        if not tiled:
+            with peaks("decoding"):
+                for frame in block.split(1, dim=2)[: max(0, 3 - decoded)]:  # what it remembers of frames is full then
                     decoder(frame)
                     decoded += 1
     if tiled:

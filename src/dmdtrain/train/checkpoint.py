@@ -8,7 +8,8 @@ A checkpoint is a folder of .safetensors and .json files; nothing in it is unpic
     state.json           stage, step, student updates, counters
     config.yaml          the resolved configuration
     sampling.json        timesteps, sigmas, guidance convention, base model
-    manifest.json        format, step, SHA-256 of every file
+    manifest.json        format, step, size and SHA-256 of every file
+    KEEP                 put there by the user: this one is never removed
 """
 
 from __future__ import annotations
@@ -16,25 +17,41 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.data.buckets import OtherItems
+from dmdtrain.files import sync as _sync
+from dmdtrain.models.roles import load_parameters
 from dmdtrain.train.optim import put_back_pages
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, KEEP = "manifest.json", "KEEP"
+QUANTIZED = ("qmap", "absmax")  # what bitsandbytes keeps of 8-bit moments beside them
+LEFTOVERS = (".step-*.partial", ".step-*.old", ".step-*.removed")  # of a run that was killed while it saved
+Content = tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]  # file stem -> tensors; file name -> text
 CHECKPOINTS, WARMUP = "checkpoints", "warmup"  # their folders in a run's
 
 
 def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -43,8 +60,33 @@ def list_checkpoints(root: Path) -> list[Path]:
         final = root / old.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
             old.rename(final)
-    found = [f for f in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name) and (f / MANIFEST).exists()]
-    return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+    return [folder for folder in _step_folders(root) if (folder / MANIFEST).exists()]
+
+
+def _step_folders(root: Path) -> list[Path]:
+    found = [f for f in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name) and f.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
+    """A run's newest undamaged checkpoint, and what is wrong with those that are newer."""
+    for root in (output / WARMUP, output / CHECKPOINTS):
+        list_checkpoints(root)  # puts back what a kill left between two names
+    damaged: dict[Path, str] = {}
+    for folder in reversed(_step_folders(output / WARMUP) + _step_folders(output / CHECKPOINTS)):
+        try:
+            check_checkpoint(folder)
+        except ConfigError as error:
+            damaged[folder] = str(error).removeprefix(f"checkpoint: {folder}: ")
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Renames a checkpoint so that it is not taken for one of the run's: `damaged-1-step-000200`."""
+    names = (folder.with_name(f"{why}-{count}-{folder.name}") for count in itertools.count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def set_aside_later(output: Path, checkpoint: Path | None) -> list[Path]:
@@ -54,19 +96,7 @@ def set_aside_later(output: Path, checkpoint: Path | None) -> list[Path]:
     resolved = [folder.resolve() for folder in ordered]
     if checkpoint is None or checkpoint.resolve() not in resolved:
         return []
-    moved = []
-    for later in ordered[resolved.index(checkpoint.resolve()) + 1 :]:
-        names = (later.with_name(f"replaced-{count}-{later.name}") for count in itertools.count(1))
-        moved.append(later.rename(next(name for name in names if not name.exists())))
-    return moved
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return [set_aside(later, "replaced") for later in ordered[resolved.index(checkpoint.resolve()) + 1 :]]
 
 
 def sha256(file: Path) -> str:
@@ -77,38 +107,81 @@ def sha256(file: Path) -> str:
 def write_checkpoint(
     root: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], keep: int
 ) -> Path:
-    """Writes `step`'s checkpoint and then removes the oldest others until `keep` are left.
+    """Writes `step`'s checkpoint and then removes the oldest others until `keep` are left, besides those marked KEEP.
 
     Args:
         tensors: file stem -> tensors. texts: file name -> content.
+
+    Raises:
+        SaveFailed: disk full, folder gone, no permission ...; nothing half-written is left.
     """
     final = step_folder(root, step)
-    partial = root / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for stem, content in tensors.items():
-        save_file(_separate(content), partial / f"{stem}.safetensors")
-    for name, text in texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    sums = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "sha256": sums}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
-    if final.exists():  # a resumed run comes by here again: the old one stays until the new one is complete
-        old = root / f".{final.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
+    partial, old = root / f".{final.name}.partial", root / f".{final.name}.old"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _check_room(root, tensors)
+        for stem, content in tensors.items():
+            save_file(_separate(content), partial / f"{stem}.safetensors")
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        files = sorted(partial.iterdir())
+        manifest = {"format": FORMAT, "step": step, "bytes": {file.name: file.stat().st_size for file in files}}
+        manifest["sha256"] = {file.name: sha256(file) for file in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if (final / KEEP).exists():
+            (partial / KEEP).touch()
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if final.exists():  # a resumed run comes by here again: the old one stays until the new one is complete
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
         partial.rename(final)
-        shutil.rmtree(old)
-    else:
-        partial.rename(final)
-    _sync(root)
-    others = [folder for folder in list_checkpoints(root) if folder != final]
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SaveFailed(_reason(error)) from error
+    shutil.rmtree(old, ignore_errors=True)
+    others = [folder for folder in list_checkpoints(root) if folder != final and not (folder / KEEP).exists()]
     for stale in others[: max(0, len(others) - (keep - 1))]:
-        shutil.rmtree(stale)
+        _remove(stale)
     return final
+
+
+def _check_room(root: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    """OSError where the disk is known to be too small: it is not filled to its last byte first."""
+    needed = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
+    disk = shutil.disk_usage(root)
+    if disk.total > 0 and disk.free < needed:
+        raise OSError(f"no space left on device: it needs {needed / 1e9:.3f} GB, {disk.free / 1e9:.3f} GB are free")
+
+
+def _reason(error: Exception) -> str:
+    """`No space left on device`, of an error of Python's or of safetensors'."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return re.sub(r"^.*I/O error: | \(os error \d+\)$", "", text)
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a kill, or a disk that fails, leaves no folder that looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    except OSError:
+        return  # it stays, and is removed after the next save
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What a run left that was killed while it saved."""
+    list_checkpoints(root)  # puts back what is between two names
+    for pattern in LEFTOVERS:
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _separate(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -125,40 +198,179 @@ def _separate(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
     """The manifest of a complete, undamaged checkpoint, or ConfigError."""
+
+    def refuse(what: str) -> ConfigError:
+        return ConfigError(f"{key}: {folder}: {what}")
+
     if not folder.is_dir():
-        raise ConfigError(f"{key}: {folder}: no such folder")
+        raise refuse("no such folder")
+    manifest = _read_manifest(folder, refuse)
+    for name, wanted in manifest["sha256"].items():
+        file = folder / name
+        if not file.is_file():
+            raise refuse(f"{name} is missing")
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise refuse(f"{name} can not be read: {error.strerror}") from None
+        if found != wanted:
+            raise refuse(f"{name} is damaged (its checksum differs)")
+    return manifest
+
+
+def _read_manifest(folder: Path, refuse: Callable[[str], ConfigError]) -> dict[str, Any]:
+    """A manifest of the right format, whose names are those of files in its folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{key}: {folder}: not a checkpoint ({MANIFEST} is missing)") from None
-    except ValueError:
-        raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken") from None
+        raise refuse(f"not a checkpoint ({MANIFEST} is missing)") from None
+    except OSError as error:
+        raise refuse(f"{MANIFEST} can not be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise refuse(f"{MANIFEST} is broken") from None
     if not isinstance(manifest, dict):
-        raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken")
+        raise refuse(f"{MANIFEST} is broken")
     if manifest.get("format", FORMAT) != FORMAT:
-        raise ConfigError(f"{key}: {folder}: format {manifest['format']}; this version reads {FORMAT}")
-    if not isinstance(manifest.get("sha256"), dict):
-        raise ConfigError(f"{key}: {folder}: {MANIFEST} is broken")
-    for name, wanted in manifest["sha256"].items():
-        file = folder / name
-        if not file.exists():
-            raise ConfigError(f"{key}: {folder}: {name} is missing")
-        if sha256(file) != wanted:
-            raise ConfigError(f"{key}: {folder}: {name} is damaged (its checksum differs)")
+        raise refuse(f"format {manifest['format']!r}; this version reads {FORMAT}")
+    sums = manifest.get("sha256")
+    if not isinstance(sums, dict) or not sums or not all(isinstance(value, str) for value in sums.values()):
+        raise refuse(f"{MANIFEST} is broken")
+    for name in sums:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == MANIFEST:
+            raise refuse(f"{MANIFEST} names {name!r}, which is no file of a checkpoint")
     return manifest
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    return _read_manifest(folder, lambda what: ConfigError(f"checkpoint: {folder}: {what}"))
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether the manifest vouches for a file; others in the folder are not read."""
+    return name in _manifest_of(folder)["sha256"]
+
+
+def file_of(folder: Path, name: str) -> Path:
+    if not has_file(folder, name):
+        raise ConfigError(f"checkpoint: {folder}: {name} is not in its {MANIFEST}")
+    return folder / name
+
+
+@contextmanager
+def understood(folder: Path, name: str) -> Iterator[None]:
+    """What a file holds is used inside; where it is not what it should be, ConfigError names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        *(KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError),
+        *(OSError, RecursionError, SafetensorError),
+    ) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"checkpoint: {folder}: {name} does not hold what it should ({type(error).__name__}: {text})"
+        ) from None
 
 
 def stage_of(folder: Path) -> str:
     """`warmup` or `dmd`."""
-    return read_json(folder, "state.json").get("stage", "dmd")
+    stage = read_json(folder, "state.json").get("stage", "dmd")
+    if stage not in ("dmd", WARMUP):
+        raise ConfigError(f"checkpoint: {folder}: state.json: stage {stage!r}; valid are dmd, {WARMUP}")
+    return stage
+
+
+def read_counters(folder: Path, names: tuple[str, ...]) -> dict[str, int]:
+    """Whole numbers from state.json; the step is the manifest's."""
+    state = read_json(folder, "state.json")
+    for name in names:
+        value = state.get(name)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ConfigError(f"checkpoint: {folder}: state.json: {name}: {value!r}; it must be a whole number")
+    step = _manifest_of(folder).get("step")
+    if step != state.get("step"):
+        raise ConfigError(f"checkpoint: {folder}: state.json is of step {state.get('step')}, {MANIFEST} of {step!r}")
+    return {name: state[name] for name in names}
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"{stem}.safetensors")
+    """Finite tensors by name."""
+    file = file_of(folder, f"{stem}.safetensors")
+    with understood(folder, file.name):
+        tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ConfigError(f"checkpoint: {folder}: {file.name}: {name} holds numbers that are not finite")
+    return tensors
 
 
-def read_json(folder: Path, name: str) -> Any:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    file = file_of(folder, name)
+    with understood(folder, name):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    return content
+
+
+def check_like(
+    folder: Path,
+    stem: str,
+    values: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    *,
+    exact: bool = True,
+) -> None:
+    """ConfigError unless the same names have the same shapes and data types; inexact: any floating type."""
+    what = f"checkpoint: {folder}: {stem}.safetensors"
+    if other := sorted(values.keys() ^ wanted.keys()):
+        verb = "lacks" if other[0] in wanted else "holds"
+        raise ConfigError(f"{what} {verb} {other[0]}: it belongs to another model or another student")
+    for name, tensor in wanted.items():
+        value = values[name]
+        if value.shape != tensor.shape:
+            raise ConfigError(f"{what}: {name} is {list(value.shape)}, this run's is {list(tensor.shape)}")
+        if value.dtype != tensor.dtype if exact else not value.is_floating_point():
+            raise ConfigError(f"{what}: {name} is {value.dtype}, this run's is {tensor.dtype}")
+
+
+class Sampler(Protocol):
+    @property
+    def items(self) -> Sequence[Any]: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+def load_random(
+    folder: Path,
+    generator: torch.Generator,
+    prefix: str,
+    sampler: Sampler,
+    key: str,
+    items: str,
+    draws: str = "draws",
+) -> None:
+    """A generator's state and a sampler's position; ConfigError naming `key` where the sampler has other `items` now."""
+    random = read_tensors(folder, "random")
+    with understood(folder, "random.safetensors"):
+        generator.set_state(random.pop(draws))
+        state = {k.removeprefix(f"{prefix}."): value for k, value in random.items() if k.startswith(f"{prefix}.")}
+        if (count := int(state["count"])) != len(sampler.items):
+            raise ConfigError(
+                f"{key}: {len(sampler.items)} items now, {count} when the checkpoint was saved; an exact resume needs the "
+                f"same {items}"
+            )
+        try:
+            sampler.load_state_dict(state)
+        except OtherItems as error:
+            raise ConfigError(f"{key}: {error}; an exact resume needs the same {items}") from None
+
+
+def load_weights(folder: Path, stem: str, parameters: dict[str, torch.nn.Parameter]) -> None:
+    values = read_tensors(folder, stem)
+    check_like(folder, stem, values, parameters)
+    load_parameters(parameters, values)
 
 
 def save_optimizer(
@@ -171,8 +383,62 @@ def save_optimizer(
 
 def load_optimizer(name: str, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     tree = read_json(folder, f"optimizer_{name}.json")
-    optimizer.load_state_dict(join_state(read_tensors(folder, f"optimizer_{name}"), tree))
-    put_back_pages(optimizer)
+    tensors = read_tensors(folder, f"optimizer_{name}")
+    with understood(folder, f"optimizer_{name}.json"):
+        state = join_state(tensors, tree)
+        _check_optimizer(optimizer, state)
+        optimizer.load_state_dict(state)
+        put_back_pages(optimizer)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Raises an error where a state is none of this optimizer: its kernels check no sizes."""
+    groups = optimizer.state_dict()["param_groups"]
+    if set(state) != {"state", "param_groups"} or len(state["param_groups"]) != len(groups):
+        raise ValueError("it is the state of another optimizer")
+    for own, read in zip(groups, state["param_groups"], strict=True):
+        for key, value in own.items():
+            both = [[item] if not isinstance(item, (list, tuple)) else list(item) for item in (value, read[key])]
+            numbers = [[type(item) in (int, float) for item in items] for items in both]
+            if numbers[0] != numbers[1]:
+                raise ValueError(f"{key} is {read[key]!r}, this run's is {value!r}")
+        if read["params"] != own["params"]:
+            raise ValueError("it is the state of other parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {index: _flat(values) for index, values in state["state"].items()}
+    if len({frozenset(k for k in values if not k.startswith(QUANTIZED)) for values in states.values()}) > 1:
+        raise ValueError("its parameters have different kinds of moments")
+    for index, values in states.items():
+        coded = any(k.startswith(QUANTIZED) for k in values)
+        if coded != any(v.dtype == torch.uint8 for k, v in values.items() if k.startswith("state")):
+            raise ValueError("quantized moments have code books, others have none")
+        for key, value in values.items():
+            if value is not None:  # such as the Kahan compensation of a float32 weight
+                _check_moment(key, value, parameters[index])
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """bitsandbytes nests what belongs to quantized moments."""
+    nested = [value for value in values.values() if isinstance(value, dict)]
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    return flat | {key: value for inner in nested for key, value in inner.items()}
+
+
+def _check_moment(key: str, value: Any, parameter: torch.nn.Parameter) -> None:
+    """Moments have their parameter's shape; bitsandbytes adds a code book of 256 and a scale for each 256 values."""
+    if key == "step":
+        value, shape = torch.as_tensor(value), torch.Size()
+    elif key.startswith("qmap"):
+        shape = torch.Size([256])
+    elif key.startswith("absmax"):
+        shape = torch.Size([-(-parameter.numel() // 256)])
+    else:
+        shape = parameter.shape
+    if value.shape != shape:
+        raise ValueError(f"{key} is {list(value.shape)} for a parameter of {list(parameter.shape)}")
+    quantized = value.dtype == torch.uint8 and key.startswith("state")
+    if key != "step" and not value.is_floating_point() and not quantized:
+        raise ValueError(f"{key} is {value.dtype}")
 
 
 def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:

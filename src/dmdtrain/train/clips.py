@@ -19,6 +19,7 @@ from dmdtrain.data.decode import check_length
 from dmdtrain.data.latents import holds_latents
 from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
 from dmdtrain.data.videos import IMAGES, Clip, Dropped, list_clips, shown
+from dmdtrain.files import write_text
 from dmdtrain.train.log import Live
 from dmdtrain.train.setup import Run
 
@@ -211,10 +212,11 @@ def write_report(run: Run, found: dict[str, Clips]) -> None:
     if not lines:
         file.unlink(missing_ok=True)
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{REPORT}.{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.rename(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except OSError as error:
+        raise ConfigError(f"output_dir: {file} can not be written: {error.strerror}") from None
 
 
 def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, load
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, load
 from dmdtrain.data.prompts import load_prompts
-from dmdtrain.export import stock_scheduler, write_lora, write_pipeline
+from dmdtrain.export import StudentError, stock_scheduler, write_lora, write_pipeline
 from dmdtrain.models.decode import StreamDecoder, decode_latents
 from dmdtrain.train import setup
-from dmdtrain.train.checkpoint import check_checkpoint, read_json
+from dmdtrain.train.checkpoint import check_checkpoint, file_of, has_file, read_json
 from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer, decode_tiled
 from dmdtrain.train.step import block_layout
@@ -24,7 +25,7 @@ from dmdtrain.train.validation import Mp4Writer, write_samples
 
 
 def _pick_weights(ckpt: Path, weights: str) -> str:
-    return weights or ("ema" if (ckpt / "ema.safetensors").exists() else "raw")
+    return weights or ("ema" if has_file(ckpt, "ema.safetensors") else "raw")
 
 
 def _renderer(run: setup.Run, ckpt: Path, weights: str) -> Renderer:
@@ -156,8 +157,8 @@ def generate(
         raise ConfigError("the prompt is empty")
     run = setup.load_run(ckpt)
     shape = _shape(run, frames)
-    _make_folder(out.parent, "--out")
     renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights))
+    _make_folder(out.parent, "--out")
     settings = run.config.validation
     blocks = renderer.student_blocks(
         [prompt], [seed], shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
@@ -180,9 +181,37 @@ def generate(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
+def _check_sampling(ckpt: Path, sampling: dict[str, Any]) -> None:
+    """ConfigError unless sampling.json holds what an export writes down."""
+    try:
+        timesteps = [float(t) for t in sampling["timesteps"]]
+        check_steps(timesteps, "timesteps")
+        if not all(0 < t <= 1000 for t in timesteps) or not all(type(t) in (int, float) for t in sampling["timesteps"]):
+            raise ValueError("timesteps: they must lie in (0, 1000]")
+        float(sampling["guidance_scale"]), str(sampling["base_model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"--ckpt: {ckpt}: sampling.json does not hold what it should ({error})") from None
+
+
+def _check_adapter(ckpt: Path, values: dict[str, torch.Tensor], rank: int) -> None:
+    """ConfigError unless the tensors are pairs A [rank, in] and B [out, rank] of one adapter."""
+    modules = {name.removesuffix(f".lora_{part}.weight") for name in values for part in "AB"} - set(values)
+    wanted = {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    if not modules or wanted != set(values):
+        odd = sorted(wanted ^ set(values))
+        raise ConfigError(f"--ckpt: {ckpt}: its student is no LoRA of pairs A and B{f' ({odd[0]})' if odd else ''}")
+    for name, value in values.items():
+        side = 0 if name.endswith("A.weight") else 1
+        if value.ndim != 2 or value.shape[side] != rank or not value.is_floating_point():
+            raise ConfigError(
+                f"--ckpt: {ckpt}: {name} is {value.dtype} {list(value.shape)}, not of a LoRA of rank {rank}"
+            )
+
+
 def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, console: Console) -> None:
     check_checkpoint(ckpt, "--ckpt")
-    config, sampling = load(ckpt / "config.yaml"), read_json(ckpt, "sampling.json")
+    config, sampling = load(file_of(ckpt, "config.yaml")), read_json(ckpt, "sampling.json")
+    _check_sampling(ckpt, sampling)
     student = config.student
     if student.kind != "lora":
         raise ConfigError(f"--ckpt: {ckpt}: its student was trained whole (student.kind: full); it has no LoRA")
@@ -191,8 +220,9 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     scheduler_folder = out.with_name(f"{out.stem}_scheduler")
     if scheduler_folder.exists():
         raise ConfigError(f"--out: {scheduler_folder} exists; choose another name")
-    _make_folder(out.parent, "--out")
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
+    _check_adapter(ckpt, values, student.rank)
+    _make_folder(out.parent, "--out")
     write_lora(out, values, student.alpha / student.rank, file_format, sampling)
     console.print(f"wrote {out}", soft_wrap=True)
     if config.rollout.causal:
@@ -221,7 +251,6 @@ def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | Non
         raise ConfigError(f"--precision: {precision}: valid are fp32, bf16")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; choose another name")
-    _make_folder(out.parent, "--out")
     student, settings = run.config.student, run.config.validation
     facts = run.sampling()
     _, _, height, width = run.validation_latent_shape
@@ -229,7 +258,13 @@ def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | Non
     facts |= {"height": height * factor, "width": width * factor, "num_frames": settings.num_frames}
     scale = student.alpha / student.rank if student.kind == "lora" else None
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
-    name = write_pipeline(out, run.base, precision, values, scale, facts)
+    if student.kind == "lora":
+        _check_adapter(ckpt, values, student.rank)
+    _make_folder(out.parent, "--out")
+    try:
+        name = write_pipeline(out, run.base, precision, values, scale, facts)
+    except StudentError as error:
+        raise ConfigError(f"--ckpt: {ckpt}: {error}") from None
     remote = "" if name == "WanPipeline" else ", trust_remote_code=True"
     console.print(
         f'wrote {out}: DiffusionPipeline.from_pretrained("{out}"{remote}) gives a {name}; {out / "README.md"} shows its call',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,48 +16,121 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dmdtrain.files import write_text
+
 METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """One JSON line per logged step, and the same numbers in TensorBoard. A resumed run drops what lies after its step."""
+    """One JSON line per logged step, and the same numbers in TensorBoard. A resumed run drops what lies after its step.
 
-    def __init__(self, output_dir: Path, first_step: int, tensorboard: bool):
-        self._path = output_dir / METRICS
+    Where the folder can not be written, training goes on: lines are kept and written later, TensorBoard begins a new file.
+    """
+
+    def __init__(self, output_dir: Path, first_step: int, tensorboard: bool, console: Console | None = None):
+        self._path, self._console = output_dir / METRICS, console
         self._drop_after(first_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+        self._unwritten = b""
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._failing: set[str] = set()
+        self._events = Events(output_dir / "tensorboard", first_step + 1) if tensorboard else None
 
     def _drop_after(self, step: int) -> None:
-        """Lines of steps that will run again; a line that a kill cut short goes too."""
+        """Lines of steps that will run again, and of the step's own validation; a line that a kill cut short goes too."""
         if not self._path.exists():
             return
         kept = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                validated = any(key.startswith("validation_") for key in values)
+                if values["step"] < step + (not validated):
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        write_text(self._path, "".join(kept))
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """An error of the disk is told when it begins and does not stop training."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._failing and self._console is not None:
+                self._console.print(
+                    f"{name} can not be written ({error.strerror or error}); training goes on", soft_wrap=True
+                )
+            self._failing.add(name)
+        else:
+            self._failing.discard(name)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        self._unwritten += (json.dumps({"step": step} | values) + "\n").encode()
+        with self._told(METRICS):
+            self._flush()
+        if self._events is not None:
+            with self._told("tensorboard"):
+                self._events.scalars(step, values)
+
+    def _flush(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[os.write(self._handle, self._unwritten) :]
 
     def videos(self, step: int, name: str, gifs: list[bytes], size: tuple[int, int]) -> None:
         """Animated GIFs as TensorBoard images; size: (height, width)."""
-        if self._writer is None:
-            return
+        if self._events is not None:
+            with self._told("tensorboard"):
+                self._events.images(step, name, gifs, size)
+
+    def close(self) -> None:
+        with self._told(METRICS):
+            self._flush()
+        os.close(self._handle)
+        if self._events is not None:
+            with self._told("tensorboard"):
+                self._events.close()
+
+
+class Events:
+    """TensorBoard's event files, written in the thread that calls, so that an error of the disk is an OSError here.
+
+    A record that was cut short makes the rest of its file unreadable: after an error a new file is begun.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self.folder, self.first_step = folder, first_step
+        self._count = 0
+        self._writer: Any = None
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        def event(**fields: Any) -> bytes:
+            return Event(wall_time=time.time(), **fields).SerializeToString()
+
+        try:
+            if self._writer is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{self._count}"
+                self._writer = RecordWriter((self.folder / name).open("ab"))
+                self._count += 1
+                self._writer.write(event(file_version="brain.Event:2"))
+                # What earlier files say of this step and later ones no longer holds.
+                self._writer.write(event(step=self.first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._writer.write(event(step=step, **content))
+            self._writer.flush()
+            self.first_step = step + 1
+        except OSError:
+            self.close()
+            raise
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._write(step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+
+    def images(self, step: int, name: str, gifs: list[bytes], size: tuple[int, int]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [
@@ -66,12 +140,12 @@ class MetricsLog:
             )
             for i, gif in enumerate(gifs)
         ]
-        self._writer.file_writer.add_summary(Summary(value=values), step)
+        self._write(step, summary=Summary(value=values))
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
 
 class Phases:

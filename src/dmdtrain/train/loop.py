@@ -11,26 +11,20 @@ import torch
 from rich.console import Console
 
 from dmdtrain.config import Config
+from dmdtrain.train import interrupt
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
+from dmdtrain.train.saver import Saved, Saver, TrainingStopped
 
 Values = dict[str, float]
 
 
-class TrainingStopped(Exception):
-    """Training can not go on; the last checkpoint is intact."""
-
-
-class Stage(Protocol):
+class Stage(Saved, Protocol):
     """Warm-up or distillation: steps that are counted, saved and resumed."""
 
-    step: int
     bad_steps: int
-    bad_in_a_row: int
 
     def train_step(self) -> Values: ...
-
-    def save(self) -> Path: ...
 
 
 def guarded_step(
@@ -76,29 +70,51 @@ def run_stage(
     shown: dict[str, str],
     unit: str = "step",
     validate: Callable[[MetricsLog], None] | None = None,
+    first: Callable[[MetricsLog], None] | None = None,
 ) -> None:
     """Steps until `total`, with logs in `folder`, checkpoints, a progress line and validation.
 
+    A signal is answered between two steps, with a checkpoint of the last one; in validation between two denoising steps.
+
     Args:
         shown: label -> name of the value on the progress line.
+        first: what is to be done of the validation of the step that is resumed.
     """
-    log = MetricsLog(folder, stage.step, config.log.tensorboard)
+
+    def run_validation(validate: Callable[[MetricsLog], None]) -> None:
+        try:
+            validate(log)
+        except interrupt.Interrupted:
+            pass  # the loop sees it, too
+        except OSError as error:
+            console.print(
+                f"step {stage.step}: the samples could not be written ({error.strerror or error}); training goes on",
+                soft_wrap=True,
+            )
+        live.restart_clock()
+
+    log = MetricsLog(folder, stage.step, config.log.tensorboard, console)
+    saver = Saver(stage, config.checkpoint, console)
     try:
-        with Live(total, stage.step, console, unit) as live:
-            save_due = False
-            while stage.step < total:
+        with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
+            if first is not None:
+                run_validation(first)
+            while stage.step < total and not interrupt.asked():
                 values = stage.train_step()
                 last = stage.step == total
                 live.step(stage.step, "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values))
                 if stage.step % config.log.every == 0 or last:
                     log.write(stage.step, values)
-                save_due |= stage.step % config.checkpoint.every == 0 or last
-                if save_due and not stage.bad_in_a_row:  # weights that went bad never replace good ones
-                    stage.save()
-                    save_due = False
+                if saver.after_step(last):
                     live.restart_clock()
-                if validate and config.validation.every and (stage.step % config.validation.every == 0 or last):
-                    validate(log)
-                    live.restart_clock()
+                due = config.validation.every and (stage.step % config.validation.every == 0 or last)
+                if validate and due and not interrupt.asked():
+                    run_validation(validate)
+            saver.finish()
+            if interrupt.asked():
+                at = f"{unit} {saver.saved_step}" if saver.saved_step else "nothing yet"
+                console.print(f"stopped at {unit} {stage.step}; saved: {at}", soft_wrap=True)
+        interrupt.check()
     finally:
+        saver.close()
         log.close()

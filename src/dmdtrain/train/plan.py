@@ -21,8 +21,9 @@ from dmdtrain.train.flops import step_flops
 from dmdtrain.train.setup import Run, resolve
 
 GIB = 2**30
-# Transformer blocks of the models that are run: the first block, whose input needs no gradient, is unlike others.
-SHORT = (2, 3)
+# Transformer blocks of the models that are run: the first block, whose input needs no gradient, is unlike others, and with two
+# it could not be told whether a pass goes up or down.
+SHORT = (3, 4)
 UTILISATION = 0.4  # of a GPU's dense bf16 rate, for the time estimate
 HOST_GIB = 5  # Python, libraries, a layer that is read, a checkpoint that is written
 CONTEXT_GIB = 0.8  # CUDA context, cuBLAS workspaces, fragments
@@ -59,8 +60,12 @@ class Plan:
         return sum(self.items.values())
 
     @property
+    def training_peak(self) -> int:
+        return self.resident + max(self.phases.values()) + int(CONTEXT_GIB * GIB)
+
+    @property
     def peak(self) -> int:
-        return max(self.resident + max(self.phases.values()), self.text_encoder) + int(CONTEXT_GIB * GIB)
+        return max(self.training_peak, self.text_encoder + int(CONTEXT_GIB * GIB))
 
 
 # Published models, so that planning needs no download.
@@ -81,7 +86,7 @@ _WAN_1_3B = {
     "rope_max_seq_len": 1024,
 }
 _WAN_14B = _WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-_UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 PUBLISHED = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _WAN_1_3B, "Wan-AI/Wan2.1-T2V-14B-Diffusers": _WAN_14B}
 
 
@@ -89,7 +94,13 @@ def find_shapes(name: str, key: str) -> WanFolder:
     """As `find_folder`, but published models are known by name."""
     if name in PUBLISHED and not Path(name).is_dir():
         return WanFolder(
-            Path(name), name, True, PUBLISHED[name], {"z_dim": 16, "scale_factor_spatial": 8}, {"flow_shift": 3.0}
+            Path(name),
+            name,
+            True,
+            PUBLISHED[name],
+            {"z_dim": 16, "scale_factor_spatial": 8},
+            UMT5_XXL,
+            {"flow_shift": 3.0},
         )
     return find_folder(name, key)
 
@@ -137,12 +148,11 @@ def kv_cache_bytes(run: Run) -> int:
 def text_encoder_bytes(run: Run) -> int:
     """Weights of the text encoder, which is gone before the transformer is loaded."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
-    published = run.base.name in PUBLISHED and not run.base.path.is_dir()
-    shape = UMT5Config(**_UMT5_XXL) if published else AutoConfig.from_pretrained(run.base.path / "text_encoder")
     with init_empty_weights():
-        model = UMT5EncoderModel(shape)
+        model = UMT5EncoderModel(UMT5Config.from_dict(run.base.text_encoder))
+        model.tie_weights()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     rest = sum(p.numel() for p in model.parameters()) - linear
     precision = run.config.model.text_encoder_precision

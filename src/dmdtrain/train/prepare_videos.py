@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -157,11 +157,15 @@ class ClipLoader:
         latents = self.cache.read([latent_name(self.run, self.codec, sample) for sample in drawn])
         return [sample.caption for sample in drawn], latents, None
 
+    @property
+    def items(self) -> Sequence[Sample]:
+        return self.sampler.items
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where the clips are others."""
+        """Raises OtherItems where the clips are others."""
         self.sampler.load_state_dict(state)
 
 

@@ -45,11 +45,5 @@ class RealData:
         return {"real_data_loss": total}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"generator": self.generator.get_state()} | {
-            f"clips.{key}": value for key, value in self.clips.state_dict().items()
-        }
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where the clips are others."""
-        self.generator.set_state(state["generator"])
-        self.clips.load_state_dict({k.removeprefix("clips."): v for k, v in state.items() if k.startswith("clips.")})
+        position = {f"clips.{key}": value for key, value in self.clips.state_dict().items()}
+        return {"draws": self.generator.get_state()} | position

@@ -204,6 +204,7 @@ def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_sc
         "gradient_checkpointing": config.train.gradient_checkpointing,
         "checkpoints_on_host": config.train.checkpoints_on == "host",
         "checkpoint_replay": config.train.checkpoint_replay,
+        "autocast": config.train.mixed_precision == "bf16",
         "compile_backend": "inductor" if config.train.compile else None,
     }
 
@@ -217,7 +218,7 @@ def text_cache(run: Run, device: torch.device) -> TextCache:
 def load_run(ckpt: Path) -> Run:
     """The run that a checkpoint belongs to."""
     checkpoints.check_checkpoint(ckpt, "--ckpt")
-    config = configuration.load(ckpt / "config.yaml")
+    config = configuration.load(checkpoints.file_of(ckpt, "config.yaml"))
     if ckpt.resolve().parent.name in (
         checkpoints.CHECKPOINTS,
         checkpoints.WARMUP,
@@ -231,7 +232,7 @@ def student_weights(ckpt: Path, weights: str) -> dict[str, torch.Tensor]:
     if weights == "raw":
         return checkpoints.read_tensors(ckpt, "student")
     if weights == "ema":
-        if not (ckpt / "ema.safetensors").exists():
+        if not checkpoints.has_file(ckpt, "ema.safetensors"):
             raise ConfigError(f"--weights: ema: {ckpt} was trained without an average; valid is raw")
         return checkpoints.read_tensors(ckpt, "ema")
     raise ConfigError(f"--weights: {weights}: valid are ema, raw")
@@ -241,7 +242,9 @@ def load_student(run: Run, ckpt: Path, weights: str, device: torch.device) -> Ro
     """Teacher and student of a checkpoint, for sampling."""
     values = student_weights(ckpt, weights)
     roles = build_roles(run, device, trained=("student",))
-    load_parameters(roles.named_parameters("student"), values)
+    parameters = roles.named_parameters("student")
+    checkpoints.check_like(ckpt, "ema" if weights == "ema" else "student", values, parameters, exact=False)
+    load_parameters(parameters, values)
     return roles
 
 

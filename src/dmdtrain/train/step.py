@@ -133,6 +133,12 @@ def check_score_ranges(config: Config, timesteps: list[float]) -> None:
             ) from None
 
 
+def mean_distance(videos: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of two videos, over all pairs of [n, ...]: 0 where they are all the same."""
+    flat = videos.detach().flatten(1).float()
+    return torch.pdist(flat).mean() / flat.shape[1] ** 0.5
+
+
 class Distiller:
     """The DMD losses of one run.
 
@@ -206,11 +212,18 @@ class Distiller:
         uncaptioned = torch.rand(shape[0], generator=generator) < self.config.data.caption_dropout
         return score_noise, score_timestep, uncaptioned
 
-    def _roll_out(self, student: Denoiser, draws: Draws) -> tuple[torch.Tensor, list[ExitRecord]]:
+    def _roll_out(
+        self, student: Denoiser, draws: Draws, for_replay: bool = False
+    ) -> tuple[torch.Tensor, list[ExitRecord]]:
         """The scored frames [b, C, t, H, W] of a rollout, and what its replay needs."""
-        timestep = context_timestep(self.config.rollout)
         result = rollout(
-            student, draws.noise, self.timesteps, draws.layout, draws.exit_steps, context_timestep=timestep
+            student,
+            draws.noise,
+            self.timesteps,
+            draws.layout,
+            draws.exit_steps,
+            context_timestep=context_timestep(self.config.rollout),
+            keep_last_graph=for_replay,
         )
         return result.x0[:, :, -draws.score_noise.shape[2] :], result.records
 
@@ -247,7 +260,7 @@ class Distiller:
         settings = self.config.dmd
         student = self._student(context)
         with self.phases("rollout"):
-            x0, records = self._roll_out(student, draws)
+            x0, records = self._roll_out(student, draws, for_replay=True)
         with torch.no_grad(), self.phases("scores"):
             noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
             score_args = (noisy, draws.score_timestep, context)
@@ -263,6 +276,8 @@ class Distiller:
             "x0_mean": x0.mean(),
             "x0_std": x0.std(),
         }
+        if len(x0) > 1:
+            stats["x0_diversity"] = mean_distance(x0)
         with self.phases("replay"):
             replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
         return stats, x0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
+import os
+import re
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,9 +19,10 @@ from rich.console import Console
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.models.roles import load_parameters
+from dmdtrain.files import write_text
 from dmdtrain.train import checkpoint as checkpoints
-from dmdtrain.train import validation
+from dmdtrain.train import interrupt, validation
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms, measure
 from dmdtrain.train.batches import Batch, Batches
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.clips import REPORT, Clips, describe_clips, scan
@@ -27,10 +31,11 @@ from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
-from dmdtrain.train.plan import known_rate, memory_line
+from dmdtrain.train.plan import changes, known_rate, memory_line
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import RealData
 from dmdtrain.train.render import Renderer
+from dmdtrain.train.saver import TrainingStopped, is_out_of_memory
 from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
@@ -40,11 +45,17 @@ COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
 
 def find_resume(config: Config, resume: str) -> Path | None:
-    """The checkpoint to go on from: `auto` (the newest of the run in output_dir), `never`, or a folder.
+    """The checkpoint to go on from: `auto` (the newest undamaged one of the run in output_dir), `never`, or a folder.
 
     Raises:
         ConfigError: output_dir belongs to another run, or the checkpoint to another configuration.
     """
+    check_output(config, resume)
+    return _pick(config, resume)[0]
+
+
+def check_output(config: Config, resume: str) -> None:
+    """ConfigError unless output_dir is free or this run's own, and `resume`, where it is a folder, a checkpoint of it."""
     output = Path(config.output_dir)
     above = next(folder for folder in (output, *output.parents) if folder.exists())
     if not above.is_dir():
@@ -56,21 +67,32 @@ def find_resume(config: Config, resume: str) -> Path | None:
     if resume not in ("auto", "never"):
         folder = Path(resume)
         checkpoints.check_checkpoint(folder, "--resume")
-        _refuse_other(folder / "config.yaml", config, f"--resume: {folder} is a checkpoint of another configuration")
+        file = checkpoints.file_of(folder, "config.yaml")
+        _refuse_other(file, config, f"--resume: {folder} is a checkpoint of another configuration")
         if owned.exists() and folder.resolve().parents[1] != output.resolve():
             raise ConfigError(f"output_dir: {output} belongs to another run; choose another with --output-dir")
-        return folder
-    if owned.exists():
+    elif owned.exists():
         if resume == "never":
             raise ConfigError(
                 f"output_dir: {output} already holds a run; choose another with --output-dir, or --resume auto"
             )
         _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
-    found = checkpoints.list_checkpoints(output / WARMUP) + checkpoints.list_checkpoints(output / CHECKPOINTS)
-    if not found:
-        return None
-    checkpoints.check_checkpoint(found[-1], "--resume")
-    return found[-1]
+
+
+def _pick(config: Config, resume: str) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to go on from, and what is wrong with newer ones."""
+    if resume not in ("auto", "never"):
+        return Path(resume), {}
+    found, damaged = checkpoints.newest_good(Path(config.output_dir))
+    if found is None and damaged:
+        folder, what = next(iter(damaged.items()))
+        raise ConfigError(
+            f"--resume: {folder}: {what}; no undamaged checkpoint is left (train anew with another --output-dir)"
+        )
+    if found is not None:
+        file = checkpoints.file_of(found, "config.yaml")
+        _refuse_other(file, config, f"--resume: {found} is a checkpoint of another configuration")
+    return found, damaged
 
 
 def _refuse_other(file: Path, config: Config, what: str) -> None:
@@ -85,18 +107,27 @@ def locked(output: Path) -> Iterator[None]:
     """Keeps a second process out of a run's folder; a process that dies lets go of it by itself.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process has it, or nothing can be written there.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK).open("a") as handle:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output} can not be written: {error.strerror}") from None
+    with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = " ".join(file.read(200).split()) or "unknown"
             raise ConfigError(
-                f"output_dir: {output} is in use by another process; choose another, or stop that one"
+                f"output_dir: {output} is in use by another process ({owner}); choose another, or stop that one"
             ) from None
         except OSError:
             pass  # the file system knows no locks
+        with suppress(OSError):  # a full disk: the lock itself needs no room
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 
@@ -151,6 +182,9 @@ class Trainer:
         self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
         self._seconds: dict[str, float] = {}  # of the updates of this step
+        self.root = run.output_dir / CHECKPOINTS
+        self.alarms = Alarms(self.config.alarms, lambda text: console.print(text, soft_wrap=True, highlight=False))
+        self.norms: Stats = {}  # the last gradient norm of each role
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -188,9 +222,23 @@ class Trainer:
             else (config.fake_score.grad_clip, "norm")
         )
         losses = [value for key, value in total.items() if key.endswith("loss")]
-        norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
-        self._seconds[name] = time.perf_counter() - started
-        return total | {f"{name}_grad_norm": norm} if finite else None, torch.cat(made)
+        with self.distiller.phases("optimizer"):
+            norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
+        self.norms[name], self._seconds[name] = norm, time.perf_counter() - started
+        videos = torch.cat(made)
+        if finite:
+            return total | {f"{name}_grad_norm": norm}, videos
+        failed = dump_bad_step(
+            *(self.run.output_dir / BAD_STEPS, self.step, name),
+            generator_state=batch.generator_state,
+            prompts=batch.prompts,
+            statistics=total,
+            gradient_norms=self.norms,
+            draws=batch.draws,
+        )
+        if failed:
+            self.console.print(f"step {self.step}: {BAD_STEPS} can not be written ({failed})", soft_wrap=True)
+        return None, videos
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -237,6 +285,7 @@ class Trainer:
         seconds, self._seconds = self._seconds, {}
         count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
         numbers = {key: float(value) for key, value in values.items()}
+        numbers |= self.alarms.step(self.step, numbers)
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {
             f"seconds_{name}": seconds.get(name, 0.0) for name in self.optimizers
@@ -250,7 +299,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self) -> Path:
+    def content(self) -> checkpoints.Content:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         for name, optimizer in self.optimizers.items():
@@ -262,31 +311,34 @@ class Trainer:
         if self.real is not None:
             tensors["random"] |= {f"real.{key}": value for key, value in self.real.state_dict().items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
-        texts["state.json"] = json.dumps({"stage": "dmd"} | counters) + "\n"
-        root = self.run.output_dir / CHECKPOINTS
-        return checkpoints.write_checkpoint(root, self.step, tensors, texts, self.config.checkpoint.keep)
+        state = {"stage": "dmd"} | counters | {"alarms": self.alarms.state()}
+        texts["state.json"] = json.dumps(state) + "\n"
+        return tensors, texts
+
+    def save(self) -> Path:
+        return checkpoints.write_checkpoint(self.root, self.step, *self.content(), self.config.checkpoint.keep)
 
     def load(self, folder: Path) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's."""
         for name, optimizer in self.optimizers.items():
-            load_parameters(self.roles.named_parameters(name), checkpoints.read_tensors(folder, name))
+            checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]
             checkpoints.load_optimizer(name, optimizer, folder)
         if self.ema is not None:
-            self.ema.load(checkpoints.read_tensors(folder, "ema"))
-        random = checkpoints.read_tensors(folder, "random")
+            average = checkpoints.read_tensors(folder, "ema")
+            checkpoints.check_like(folder, "ema", average, self.ema.weights)
+            self.ema.load(average)
+        batches = self.batches
+        checkpoints.load_random(folder, batches.generator, "prompts", batches.sampler, "data.prompts", "prompts")
+        batches.forget()
         if self.real is not None:
-            try:
-                self.real.load_state_dict(
-                    {k.removeprefix("real."): v for k, v in random.items() if k.startswith("real.")}
-                )
-            except ValueError as error:
-                raise ConfigError(f"data.videos: {error}; an exact resume needs the same clips") from None
-        try:
-            self.batches.load_state_dict(random)
-        except ValueError as error:
-            raise ConfigError(f"data.prompts: {error}; an exact resume needs the same prompts") from None
-        state = checkpoints.read_json(folder, "state.json")
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+            real = self.real
+            checkpoints.load_random(
+                folder, real.generator, "real.clips", real.clips, "data.videos", "clips", "real.draws"
+            )
+        for name, value in checkpoints.read_counters(folder, COUNTERS).items():
+            setattr(self, name, value)
+        load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
+        self._recall_validation()
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -294,7 +346,7 @@ class Trainer:
         settings = self.config.validation
         choice = self.config.ema.validate_with
         prompts = self.run.validation_prompts
-        columns = {}
+        columns, measured = {}, {}
         for weights in ("ema", "raw") if choice == "both" else (choice,):
             values = self.ema.weights if weights == "ema" and self.ema is not None else None
             with self.roles.weights("student", values):
@@ -305,34 +357,64 @@ class Trainer:
                     self.run.validation_timesteps,
                     settings.guidance_scale,
                     settings.negative_prompt,
+                    interrupt.check,
                 )
             columns["student" if weights == choice else f"student {weights}"] = videos
+            measured[f"validation_{weights}"] = measure(videos)
             gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
             log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]
-        folder = self.run.output_dir / "samples" / f"step-{self.step:06d}"
-        facts = self.run.sampling() | {"step": self.step, "seed": settings.seed}
+        interrupt.check()
+        for name, found in measured.items():
+            self.alarms.validation(self.step, name, found)
+        folder = self._samples()
+        facts = self.run.sampling() | {"step": self.step, "seed": settings.seed, "measured": measured}
         results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
+        self._log_validation(log, results)
         for name, scores in results["scores"].items():
-            log.write(self.step, {f"{name}_right_{key}": value for key, value in scores.items()})
             self.console.print(
                 f"step {self.step}: {name} right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()),
                 soft_wrap=True,
             )
 
+    def _log_validation(self, log: MetricsLog, results: dict[str, Any]) -> None:
+        """One line of numbers."""
+        found = {f"{name}_{key}": value for name, each in results["measured"].items() for key, value in each.items()}
+        scores = {f"{name}_right_{key}": v for name, each in results["scores"].items() for key, v in each.items()}
+        log.write(self.step, found | scores)
+
+    def _samples(self) -> Path:
+        return self.run.output_dir / "samples" / f"step-{self.step:06d}"
+
+    def _results(self) -> dict[str, Any]:
+        """Of this step's validation; empty where there is none."""
+        with suppress(OSError, ValueError):
+            return json.loads((self._samples() / validation.RESULTS).read_text(encoding="utf-8"))
+        return {}
+
+    def _recall_validation(self, log: MetricsLog | None = None) -> None:
+        """What the alarms saw of this step's validation, which came after its save, and its line in the metrics."""
+        results = self._results()
+        with suppress(KeyError, TypeError, AttributeError):  # of another version
+            for name, found in results["measured"].items():
+                self.alarms.validation(self.step, name, found)
+            if log is not None:
+                self._log_validation(log, results)
+
+    def lacks_validation(self) -> bool:
+        """Whether the run was stopped after this step was saved and before it was validated."""
+        every = self.config.validation.every
+        due = every and self.step and (self.step % every == 0 or self.step == self.config.train.max_steps)
+        return bool(due) and not (self._samples() / validation.RESULTS).exists()
+
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def warm_up(self, checkpoint: Path | None) -> None:
-        """The warm-up, from its start or its checkpoint; afterwards the average starts from what it learned."""
-        warmup = Warmup(self.run, self.renderer, self.console, self.clips)
-        warmup.prepare()
-        if checkpoint is not None:
-            warmup.load(checkpoint)
-            self.console.print(f"resumed from {checkpoint}, warm-up step {warmup.step}", soft_wrap=True)
+    def warm_up(self, warmup: Warmup) -> None:
+        """The warm-up to its end; afterwards the average starts from what it learned."""
         warmup.fit()
         if self.ema is not None:
             self.ema.restart()
         if self.config.validation.every:
-            log = MetricsLog(self.run.output_dir, 0, self.config.log.tensorboard)
+            log = MetricsLog(self.run.output_dir, -1, self.config.log.tensorboard, self.console)
             try:
                 self.validate(log)
             finally:
@@ -341,7 +423,12 @@ class Trainer:
     def fit(self) -> None:
         shown = {"dmd": "dmd_loss", "critic": "critic_loss", "real": "real_data_loss", "grad": "student_grad_norm"}
         steps, folder = self.config.train.max_steps, self.run.output_dir
-        run_stage(self, steps, folder, self.config, self.console, shown=shown, validate=self.validate)
+        run_stage(
+            *(self, steps, folder, self.config, self.console),
+            shown=shown,
+            validate=self.validate,
+            first=self.validate if self.lacks_validation() else self._recall_validation,
+        )
 
 
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
@@ -349,7 +436,7 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
     check_data(run)
-    checkpoint = find_resume(config, resume)
+    check_output(config, resume)
     scanned = scan(run, console)
     for line in describe(run) + describe_clips(run, scanned):
         console.print(line, soft_wrap=True, highlight=False)
@@ -359,34 +446,53 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
-    with locked(run.output_dir):
-        _fit(run, checkpoint, console, scanned)
+    try:
+        with locked(run.output_dir):
+            _fit(run, resume, console, scanned)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingStopped(out_of_memory(config, error)) from None
 
 
-def _fit(run: Run, checkpoint: Path | None, console: Console, scanned: dict[str, Clips]) -> None:
-    config = run.config
+def out_of_memory(config: Config, error: BaseException) -> str:
+    """What ran out, and what makes the run smaller."""
+    smaller = [" ".join(f"{k}={str(v).lower()}" for k, v in change.items()) for change in changes(config)]
+    advice = f"cheapest first: {'; '.join(smaller[:3])}" if smaller else "fewer frames or a smaller resolution"
+    reason = " ".join(str(error).split())
+    reason = re.sub(r"^.*?((?:CUDA )?out of memory|can't allocate memory)", r"\1", reason, flags=re.IGNORECASE)
+    return (
+        f"out of memory ({reason[:120]}); the last checkpoint is intact. To make the run smaller, {advice} "
+        "(dmdtrain plan CONFIG says by how much)"
+    )
+
+
+def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips]) -> None:
+    config, output = run.config, run.output_dir
+    checkpoint, damaged = _pick(config, resume)
     trainer = Trainer(run, console, scanned)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
-    output = run.output_dir
-    for root in (output / CHECKPOINTS, output / WARMUP):
-        checkpoints.list_checkpoints(root)  # puts back what a kill left between two names
-        for pattern in (".step-*.partial", ".step-*.old"):  # of a run that was killed while it saved
-            for leftover in root.glob(pattern):
-                shutil.rmtree(leftover)
-    # The folder is the run's from here on: what failed before leaves it free.
-    partial = output / ".config.yaml.partial"
-    partial.write_text(configuration.dump(config), encoding="utf-8")
-    partial.rename(output / "config.yaml")
-    for later in checkpoints.set_aside_later(output, checkpoint):
-        console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
     warming = checkpoint is not None and checkpoints.stage_of(checkpoint) == WARMUP
+    warmup = None
     if config.warmup.kind != "none" and (checkpoint is None or warming):
-        trainer.warm_up(checkpoint)
-    elif checkpoint is not None:
-        trainer.load(checkpoint)
-        console.print(f"resumed from {checkpoint}, step {trainer.step}", soft_wrap=True)
-    if trainer.step >= config.train.max_steps:
+        warmup = Warmup(run, trainer.renderer, console, trainer.clips)
+    if checkpoint is not None:  # before anything is written: what can not be loaded leaves all as it was
+        stage = "warm-up step" if warmup else "step"
+        if warmup is not None:
+            warmup.prepare()
+            warmup.load(checkpoint)
+        elif warming:
+            raise ConfigError(f"--resume: {checkpoint} is of a warm-up, and warmup.kind is none")
+        else:
+            trainer.load(checkpoint)
+        console.print(f"resumed from {checkpoint}, {stage} {(warmup or trainer).step}", soft_wrap=True)
+    _claim(run, checkpoint, damaged, console)
+    if warmup is not None:
+        if checkpoint is None:
+            warmup.prepare()
+        trainer.warm_up(warmup)
+    if trainer.step >= config.train.max_steps and not trainer.lacks_validation():
         console.print(f"nothing to do: the run already has its {config.train.max_steps} steps", soft_wrap=True)
         return
     trainer.fit()
@@ -398,3 +504,19 @@ def _fit(run: Run, checkpoint: Path | None, console: Console, scanned: dict[str,
         )
     if saved:
         console.print(f"done: {saved[-1]}", soft_wrap=True)
+
+
+def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console: Console) -> None:
+    """The folder is the run's from here on: what failed before leaves it free."""
+    output = run.output_dir
+    try:
+        for root in (output / CHECKPOINTS, output / WARMUP):
+            checkpoints.remove_leftovers(root)
+        write_text(output / "config.yaml", configuration.dump(run.config))
+        for folder, what in damaged.items():
+            moved = checkpoints.set_aside(folder, "damaged")
+            console.print(f"damaged: {folder}: {what}; it is {moved.name} now", soft_wrap=True)
+        for later in checkpoints.set_aside_later(output, checkpoint):
+            console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output} can not be written: {error.strerror}") from None

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from dmdtrain.files import atomic, write_text
 from dmdtrain.miniature import clips, scorer
+
+RESULTS = "results.json"
 
 
 def score(videos: torch.Tensor, prompts: list[str]) -> dict[str, float] | None:
@@ -54,12 +57,13 @@ class Mp4Writer:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self.container.mux(self.stream.encode())
-        self.container.close()
-        if error is None:
-            self.partial.rename(self.file)
-        else:
+        try:
+            if error is None:
+                self.container.mux(self.stream.encode())
+            self.container.close()
+            if error is None:
+                self.partial.rename(self.file)
+        finally:
             self.partial.unlink(missing_ok=True)
 
 
@@ -120,8 +124,11 @@ def write_samples(
         for i, video in enumerate(videos):
             write_mp4(folder / f"{i:03d}_{name.replace(' ', '_')}.mp4", video, fps)
     shown = {name: videos[:max_shown] for name, videos in columns.items()}
-    contact_sheet(shown, prompts[:max_shown]).save(folder / "contact_sheet.png")
+    with atomic(folder / "contact_sheet.png") as partial:
+        contact_sheet(shown, prompts[:max_shown]).save(partial, "PNG")
     scores = {name: score(videos, prompts) for name, videos in columns.items()}
     results = facts | {"prompts": prompts, "scores": {k: v for k, v in scores.items() if v is not None}}
-    (folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(
+        folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    )  # last: the folder is complete
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -14,9 +15,9 @@ from dmdtrain.config import ConfigError
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions, read_latents
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import METADATA
-from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms
 from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.clips import Clips, warmup_key
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
@@ -26,6 +27,8 @@ from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, sampling_json
 from dmdtrain.train.step import Stats
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
+
+COUNTERS = ("step", "bad_steps", "bad_in_a_row")
 
 
 def check_data(run: Run) -> None:
@@ -82,6 +85,10 @@ class Synthesized:
         captions, latents, states = read_latents(self.files.draw(n), self.num_frames)
         return captions, latents, None if self.states is None or states is None else states[self.states]
 
+    @property
+    def items(self) -> Sequence[Path]:
+        return self.files.items
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.files.state_dict()
 
@@ -107,6 +114,7 @@ class Warmup:
             weight_decay=optimizer.weight_decay,
         )
         self.generator = torch.Generator().manual_seed(run.config.train.seed + 2)
+        self.alarms = Alarms(self.config.alarms, lambda text: console.print(f"warm-up: {text}", soft_wrap=True))
         self.step = self.bad_steps = self.bad_in_a_row = 0
 
     def prepare(self) -> None:
@@ -137,6 +145,7 @@ class Warmup:
         started = perf_counter()
         config, parameters = self.config, self.roles.parameters("student")
         n, micro = config.samples_per_update, config.train.batch_size
+        before = self.generator.get_state()
         captions, clean, states = self.samples.draw(n)
         batch = draw_warmup(
             config,
@@ -165,8 +174,17 @@ class Warmup:
         norm, finite = guarded_step(
             self.optimizer, parameters, [*total.values()], config.optimizer.grad_clip, config.optimizer.grad_clip_method
         )
+        if not finite:
+            dump_bad_step(
+                *(self.run.output_dir / BAD_STEPS, self.step, WARMUP),
+                generator_state=before,
+                prompts=captions,
+                statistics=total,
+                gradient_norms={"student": norm},
+            )
         count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
         values = {key: float(value) for key, value in (total | {"warmup_grad_norm": norm}).items()} if finite else {}
+        values |= self.alarms.step(self.step, values)
         return values | {
             "lr_warmup": lr,
             "bad_steps": self.bad_steps,
@@ -174,29 +192,26 @@ class Warmup:
             "memory_gib": peak_memory_gib(self.text.device),
         }
 
-    def save(self) -> Path:
+    def content(self) -> checkpoints.Content:
         tensors = {"student": dict(self.roles.named_parameters("student")), "random": {}}
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
         tensors["random"] = {"draws": self.generator.get_state()}
         tensors["random"] |= {f"files.{k}": v for k, v in self.samples.state_dict().items()}
-        counters = {name: getattr(self, name) for name in ("step", "bad_steps", "bad_in_a_row")}
-        texts["state.json"] = json.dumps({"stage": WARMUP} | counters) + "\n"
-        return checkpoints.write_checkpoint(self.root, self.step, tensors, texts, self.config.checkpoint.keep)
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        state = {"stage": WARMUP} | counters | {"alarms": self.alarms.state()}
+        texts["state.json"] = json.dumps(state) + "\n"
+        return tensors, texts
 
     def load(self, folder: Path) -> None:
-        load_parameters(self.roles.named_parameters("student"), checkpoints.read_tensors(folder, "student"))
+        """Everything that `content` saved; ConfigError where it is not this run's."""
+        checkpoints.load_weights(folder, "student", self.roles.named_parameters("student"))
         checkpoints.load_optimizer("student", self.optimizer, folder)
-        random = checkpoints.read_tensors(folder, "random")
-        self.generator.set_state(random.pop("draws"))
-        try:
-            self.samples.load_state_dict({k.removeprefix("files."): v for k, v in random.items()})
-        except ValueError as error:
-            key = warmup_key(self.run) or "warmup.data"
-            raise ConfigError(f"{key}: {error}; an exact resume needs the same samples") from None
-        state = checkpoints.read_json(folder, "state.json")
-        for name in ("step", "bad_steps", "bad_in_a_row"):
-            setattr(self, name, state[name])
+        key = warmup_key(self.run) or "warmup.data"
+        checkpoints.load_random(folder, self.generator, "files", self.samples, key, "samples")
+        for name, value in checkpoints.read_counters(folder, COUNTERS).items():
+            setattr(self, name, value)
+        load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
 
     def fit(self) -> None:
         shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}

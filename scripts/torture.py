@@ -1,0 +1,197 @@
+"""Kills tiny runs with SIGKILL at random instants, resumes them, and compares what they come to bit for bit with runs that
+were left alone. Half of the kills are aimed at saves.
+
+    python scripts/torture.py --kills 200
+
+Everything is imported once; each run is a fork. The process that forks runs no model itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dmdtrain.train import commands, trainer, warmup  # noqa: F401 (what every fork needs)
+from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
+
+MACHINE = ("seconds", "memory_gib", "model_tflops", "model_flop_utilisation")  # metrics of how fast it went
+LAST = 4
+BASE = {
+    "model": {"base": "wan-tiny", "precision": "fp32", "text_encoder_precision": "fp32"},
+    "student": {"rank": 4, "alpha": 4},
+    "fake_score": {"rank": 4, "alpha": 4, "lr": 1e-3},
+    "rollout": {"num_training_frames": 2},
+    "data": {"resolution": "32x32", "max_sequence_length": 16},
+    "optimizer": {"lr": 1e-3},
+    "train": {"max_steps": LAST, "mixed_precision": "no", "gradient_checkpointing": False},
+    "checkpoint": {"every": 1, "keep": 2},
+    "validation": {
+        "every": 2,
+        "count": 1,
+        "num_frames": 5,
+        "resolution": "32x32",
+        "prompts": ["a red circle moving right"],
+    },
+    "log": {"tensorboard": False},
+}
+CAUSAL = {
+    "rollout": {"causal": True, "num_training_frames": 2, "num_frame_per_block": 1},
+    "warmup": {"kind": "ode_regression", "steps": 2, "num_samples": 2, "teacher_steps": 3},
+}
+KINDS = {
+    "background": {},
+    "foreground": {"checkpoint": {"every": 1, "keep": 2, "background": False}},
+    "warm-up": CAUSAL,
+}
+
+
+def run_fit(config: Path, output: Path, log: Path) -> None:
+    """In a fork: `dmdtrain fit`."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["dmdtrain", "fit", str(config), "--output-dir", str(output)]
+    from dmdtrain.cli import main
+
+    main()
+
+
+def start(config: Path, output: Path) -> BaseProcess:
+    process = multiprocessing.get_context("fork").Process(
+        target=run_fit, args=(config, output, output.with_suffix(".log"))
+    )
+    process.start()
+    return process
+
+
+def saving(output: Path) -> bool:
+    return any(output.glob("*/.step-*.partial"))
+
+
+def finish(config: Path, output: Path) -> None:
+    process = start(config, output)
+    process.join()
+    if process.exitcode:
+        sys.exit(f"a run ended with {process.exitcode}:\n{output.with_suffix('.log').read_text()}")
+
+
+def kill_once(config: Path, output: Path, chance: random.Random, seconds: float) -> str | None:
+    """Starts the run and kills it. Returns where it was hit; None where it was done before."""
+    process = start(config, output)
+    if chance.random() < 0.5:
+        end = time.monotonic() + chance.uniform(0, seconds)
+        while process.is_alive() and time.monotonic() < end:
+            time.sleep(0.001)
+    else:  # in the first save from some time on, which takes 10 ms or so
+        start_looking = time.monotonic() + chance.uniform(0, seconds)
+        while process.is_alive() and (time.monotonic() < start_looking or not saving(output)):
+            time.sleep(0.0002)
+        end = time.monotonic() + chance.uniform(0, 0.02)
+        while time.monotonic() < end:
+            pass
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        return None
+    if saving(output):
+        return "in a save"
+    stage = "dmd" if (output / "metrics.jsonl").exists() else "warm-up" if (output / "warmup").exists() else "start"
+    return {"dmd": "in a step, validation or between", "warm-up": "in the warm-up", "start": "before the first step"}[
+        stage
+    ]
+
+
+def outcome(output: Path) -> dict[str, object]:
+    """All that a run comes to: every file of its newest checkpoint, and its metrics but for what the machine decides."""
+    newest = list_checkpoints(output / "checkpoints")[-1]
+    check_checkpoint(newest)
+    found: dict[str, object] = {"name": newest.name}
+    for file in sorted(newest.iterdir()):
+        if file.suffix == ".safetensors":
+            found |= {f"{file.name}:{name}": value for name, value in load_file(file).items()}
+        elif file.name not in ("manifest.json", "config.yaml"):  # the one has sums of the other, which names the folder
+            found[file.name] = file.read_text()
+    for log in sorted(output.rglob("metrics.jsonl")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        plain = [{k: v for k, v in line.items() if not k.startswith(MACHINE)} for line in lines]
+        found[str(log.relative_to(output))] = sorted(json.dumps(line, sort_keys=True) for line in plain)
+    found["samples"] = sorted(str(f.relative_to(output)) for f in (output / "samples").rglob("*"))
+    found["left over"] = sorted(str(f) for f in output.rglob(".*") if f.name != ".lock")
+    return found
+
+
+def differences(a: dict[str, object], b: dict[str, object]) -> list[str]:
+    def same(x: object, y: object) -> bool:
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
+
+    return [key for key in a.keys() | b.keys() if key not in a or key not in b or not same(a[key], b[key])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a folder to keep; default: a temporary one")
+    arguments = parser.parse_args()
+    root = arguments.out or Path(tempfile.mkdtemp(prefix="torture-"))
+    root.mkdir(parents=True, exist_ok=True)
+    prompts = root / "prompts.txt"
+    prompts.write_text("a red circle moving right\na blue cross moving up\na green square moving down\n")
+    chance, hits, runs, started = random.Random(arguments.seed), Counter[str](), 0, time.monotonic()
+    wanted, seconds, configs = {}, {}, {}
+    for kind, changes in KINDS.items():
+        values = BASE | {"data": BASE["data"] | {"prompts": str(prompts)}} | changes
+        configs[kind] = root / f"{kind}.yaml"
+        configs[kind].write_text(yaml.safe_dump(values))
+        for attempt in (
+            "first",
+            "again",
+        ):  # the second one is timed without encoding its prompts, and must equal the first
+            output = root / f"{kind}-{attempt}"
+            if attempt == "again":
+                shutil.copytree(root / f"{kind}-first" / "cache" / "text", output / "cache" / "text")
+            begun = time.monotonic()
+            finish(configs[kind], output)
+            seconds[kind] = time.monotonic() - begun
+        wanted[kind] = outcome(root / f"{kind}-first")
+        if different := differences(wanted[kind], outcome(root / f"{kind}-again")):
+            sys.exit(f"{kind}: two runs without a kill differ: {different}")
+        print(f"{kind}: a run of {seconds[kind]:.1f} s left alone", flush=True)
+    while hits.total() < arguments.kills:
+        kind = list(KINDS)[runs % len(KINDS)]
+        output = root / f"{kind}-{runs}"
+        shutil.copytree(root / f"{kind}-first" / "cache" / "text", output / "cache" / "text")
+        for _ in range(chance.randint(1, 4)):
+            if hits.total() < arguments.kills and (hit := kill_once(configs[kind], output, chance, seconds[kind])):
+                hits[f"{kind}: {hit}"] += 1
+        finish(configs[kind], output)
+        if different := differences(wanted[kind], outcome(output)):
+            sys.exit(f"{output} differs from a run without a kill: {different[:5]} (--seed {arguments.seed})")
+        runs += 1
+        shutil.rmtree(output)
+        print(f"{hits.total()} kills in {runs} runs, all equal", flush=True)
+    for where, count in sorted(hits.items()):
+        print(f"{count:5} {where}")
+    print(f"{hits.total()} kills in {runs} runs in {time.monotonic() - started:.0f} s: every run came to the same bits")
+    if arguments.out is None:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""When a stage's checkpoint is written, in which thread, and what happens where it can not be."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from threading import Thread
+from typing import Protocol
+
+import torch
+from rich.console import Console
+
+from dmdtrain.config import Checkpoint
+from dmdtrain.train import interrupt
+from dmdtrain.train.checkpoint import Content, SaveFailed, write_checkpoint
+
+MEMORY_SHARE = 0.5  # of the host memory that is free: what a copy for the background may take
+
+
+class TrainingStopped(Exception):
+    """Training can not go on; the last checkpoint is intact."""
+
+
+class SavesFailed(TrainingStopped):
+    """The run's folder can not be written."""
+
+
+class Saved(Protocol):
+    """What a stage is to its saver."""
+
+    step: int
+    bad_in_a_row: int
+    root: Path
+
+    def content(self) -> Content: ...
+
+
+def free_memory() -> int:
+    """Bytes of host memory that can still be taken, within the limit of a container; 0 where it is not known."""
+    try:
+        pages = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
+        free = 1024 * int(pages["MemAvailable"])
+    except (OSError, KeyError):
+        return 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return min(free, max(0, limit - used))
+
+
+def size_of(content: Content) -> int:
+    """Bytes of the tensors."""
+    return sum(tensor.nbytes for tensors in content[0].values() for tensor in tensors.values())
+
+
+def copied(content: Content) -> Content:
+    """The same in host memory of its own."""
+    tensors, texts = content
+    return {s: {n: t.detach().to("cpu", copy=True) for n, t in named.items()} for s, named in tensors.items()}, texts
+
+
+class Saver:
+    """Saves a stage every `settings.every` steps or minutes, and tries again where that failed.
+
+    After a failure it waits 1 step, then 2, 4 ... and at most `every`. In the background, one checkpoint is in flight at most.
+    """
+
+    def __init__(self, stage: Saved, settings: Checkpoint, console: Console):
+        self.stage, self.settings, self.console = stage, settings, console
+        stage.root.mkdir(parents=True, exist_ok=True)
+        self.saved_step = stage.step
+        self.failed = 0
+        self._due, self._retry_at, self._told = False, 0, False
+        self._clock = time.monotonic()
+        self._thread: Thread | None = None
+        self._in_flight = 0
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def after_step(self, last: bool = False) -> bool:
+        """Reports what the thread has done and saves where it is due. True: it took time that is not the step's.
+
+        Raises:
+            SavesFailed: too many failures in a row.
+        """
+        if not self.busy:
+            self.wait()
+        step, every = self.stage.step, self.settings.every_minutes
+        self._due |= step % self.settings.every == 0 or last or 0 < 60 * every <= time.monotonic() - self._clock
+        if (
+            not self._due or self.stage.bad_in_a_row or step < self._retry_at
+        ):  # weights gone bad never replace good ones
+            return False
+        self.save()
+        return True
+
+    def save(self) -> None:
+        """Starts or does the save of the stage as it is now."""
+        self.wait()
+        self._due, self._clock = False, time.monotonic()
+        content, self._in_flight = self.stage.content(), self.stage.step
+        if self.settings.background and self._fits(content):
+            self._thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(content, self._in_flight)
+            self._settle()
+
+    def _fits(self, content: Content) -> bool:
+        needed = size_of(content)
+        fits = needed <= MEMORY_SHARE * free_memory()
+        if not fits and not self._told:
+            self._told = True
+            self.console.print(
+                f"checkpoint.background: a copy of {needed / 2**30:.1f} GiB does not fit in host memory; steps wait for saves",
+                soft_wrap=True,
+            )
+        return fits
+
+    def _write(self, content: Content, step: int) -> None:
+        try:
+            if not self.stage.root.is_dir():  # it was there: a mount that has gone is not replaced by a folder below it
+                raise SaveFailed(f"{self.stage.root} has gone")
+            write_checkpoint(self.stage.root, step, *content, self.settings.keep)
+        except BaseException as error:  # told by the main thread, in `_settle`
+            self._error = error
+
+    def wait(self) -> None:
+        """Until nothing is in flight."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._settle()
+
+    def _settle(self) -> None:
+        error, self._error = self._error, None
+        if error is None:
+            self.failed, self._retry_at, self.saved_step = 0, 0, self._in_flight
+            return
+        if not isinstance(error, SaveFailed):
+            raise error
+        self.failed += 1
+        self._due = True
+        self._retry_at = self.stage.step + min(2 ** (self.failed - 1), self.settings.every)
+        most = self.settings.max_failed_saves
+        self.console.print(
+            f"step {self._in_flight}: the checkpoint could not be saved ({error}); failure {self.failed} of at most {most} "
+            "in a row",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if self.failed >= most:
+            raise SavesFailed(
+                f"step {self.stage.step}: {most} saves in a row failed ({error}); earlier checkpoints are untouched: make "
+                "room or mend the folder, then run the same command again"
+            )
+
+    def finish(self) -> None:
+        """Waits, and saves what is not saved yet: with pauses and until it works at the end, in one attempt when interrupted."""
+        self.wait()
+        while self.saved_step != self.stage.step and not self.stage.bad_in_a_row:
+            self.save()
+            self.wait()
+            if self.saved_step == self.stage.step or interrupt.asked():
+                return
+            end = time.monotonic() + min(60, 2 ** (self.failed - 1))
+            while time.monotonic() < end and not interrupt.asked():
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        """Waits for what is in flight, after whatever has happened; a failure is told and raises nothing."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._error is not None:
+                self.console.print(
+                    f"step {self._in_flight}: the checkpoint could not be saved ({self._error})", soft_wrap=True
+                )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, or of the host (which PyTorch reports as a RuntimeError)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

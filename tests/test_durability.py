@@ -1,0 +1,565 @@
+"""Real signals, full disks, vanished folders and kills, on real processes of a tiny run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["dmdtrain.train.trainer", "dmdtrain.train.commands", "dmdtrain.train.synthesize"])
+UNLIMITED = resource.RLIM_INFINITY
+
+
+def command(args: list[str], out: Connection, file_limit: int) -> None:
+    """In a process of its own, forked from one that has imported everything: what the shell would call."""
+    from dmdtrain.cli import main
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, UNLIMITED))
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    sys.argv = ["dmdtrain", *args]
+    main()
+
+
+class Command:
+    """A running command and its output so far."""
+
+    def __init__(self, args: tuple[object, ...], file_limit: int = UNLIMITED):
+        reader, writer = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=command, args=([str(a) for a in args], writer, file_limit))
+        self.process.start()
+        writer.close()
+        self._parts: list[bytes] = []
+        self._reading = Thread(target=self._read, args=(reader,), daemon=True)
+        self._reading.start()
+
+    def _read(self, reader: Connection) -> None:
+        while part := os.read(reader.fileno(), 65536):
+            self._parts.append(part)
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def limit_files(self, size: int) -> None:
+        """No file grows beyond `size` bytes from now on: what a full disk is like, without one."""
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, UNLIMITED))
+
+    @property
+    def output(self) -> str:
+        return b"".join(self._parts).decode()
+
+    def until(self, true: Callable[[], object], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not true():
+            assert self.process.is_alive() and time.monotonic() < end, self.output
+            time.sleep(0.005)
+
+    def until_it_says(self, text: str) -> None:
+        self.until(lambda: text in " ".join(self.output.split()))
+
+    def code(self, seconds: float = 60) -> int:
+        self.process.join(seconds)
+        assert not self.process.is_alive(), self.output
+        self._reading.join(5)
+        assert "Traceback" not in self.output
+        return self.process.exitcode
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Command]]:
+    started: list[Command] = []
+
+    def launch(*args: object, file_limit: int = UNLIMITED) -> Command:
+        started.append(Command(args, file_limit))
+        return started[-1]
+
+    yield launch
+    for each in started:
+        each.process.kill()
+        each.process.join()
+
+
+@pytest.fixture
+def write(settings, tmp_path) -> Callable[..., Path]:
+    """The configuration of a run that would go on for long."""
+
+    def config_file(**changes: object) -> Path:
+        defaults = {
+            "train.max_steps": 100_000,
+            "train.batch_size": 1,
+            "checkpoint.every": 100_000,
+            "validation.every": 0,
+            "dmd.generator_update_interval": 1,
+        }
+        defaults |= {"log.tensorboard": False}
+        for key, value in (defaults | changes).items():
+            *groups, last = key.split(".")
+            branch = settings
+            for group in groups:
+                branch = branch.setdefault(group, {})
+            branch[last] = value
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return file
+
+    return config_file
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+def lines(folder: Path) -> list[dict]:
+    file = folder / "metrics.jsonl"
+    whole = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in whole if line.endswith("\n")]
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in lines(folder) if "critic_loss" in line or "warmup_loss" in line]
+
+
+def half_written(folder: Path) -> list[str]:
+    return [str(f) for f in folder.rglob(".*") if f.name != ".lock"]
+
+
+def newest(root: Path) -> Path:
+    """The newest checkpoint, which must be whole."""
+    found = list_checkpoints(root)[-1]
+    check_checkpoint(found)
+    return found
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {f"{file.stem}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def assert_same_to_the_bit(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    assert not [key for key in first if not torch.equal(first[key], second[key])]
+    assert (a / "state.json").read_text() == (b / "state.json").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- signals
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_finishes_the_step_saves_and_leaves(start, write, run, tmp_path, number):
+    file = write()
+    fit = start("fit", file)
+    fit.until(lambda: len(steps(run)) >= 3)
+    fit.send(number)
+    assert fit.code() == CODES[number]
+    assert "interrupted; the last checkpoint is intact, the same command goes on from it" in fit.output
+    step = steps(run)[-1]
+    assert newest(run / "checkpoints").name == f"step-{step:06d}"
+    assert steps(run) == list(range(1, step + 1)) and not half_written(run)
+    # The same command goes on; what it comes to is what a run without a break comes to.
+    goes_on, whole = start("fit", file, "--max-steps", step + 2), tmp_path / "whole"
+    assert goes_on.code() == 0
+    assert start("fit", file, "--max-steps", step + 2, "--output-dir", whole).code() == 0
+    assert_same_to_the_bit(newest(run / "checkpoints"), newest(whole / "checkpoints"))
+    assert steps(run) == list(range(1, step + 3))
+
+
+def test_a_notice_and_the_signal_after_it_are_one(start, write, run):
+    fit = start("fit", write(**{"train.gradient_accumulation": 100}))
+    fit.until(lambda: (run / "config.yaml").exists())
+    time.sleep(0.3)
+    fit.send(signal.SIGUSR1)
+    fit.until_it_says("SIGUSR1: stopping after this step")
+    fit.send(signal.SIGTERM)
+    fit.send(signal.SIGUSR1)
+    assert fit.code() == 75
+    assert len(steps(run)) >= 1
+    assert newest(run / "checkpoints").name == f"step-{steps(run)[-1]:06d}"
+
+
+def test_a_second_signal_leaves_at_once(start, write, run):
+    fit = start("fit", write(**{"train.gradient_accumulation": 10_000}))  # a step of minutes
+    fit.until(lambda: (run / "config.yaml").exists())
+    time.sleep(0.3)
+    fit.send(signal.SIGTERM)
+    fit.until_it_says("SIGTERM: stopping after this step; a second signal leaves at once")
+    fit.send(signal.SIGTERM)
+    assert fit.code(5) == 75
+    assert not list_checkpoints(run / "checkpoints") and not half_written(run)
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    """As in `nohup` and in jobs of a shell's background."""
+    code = """if True:
+        import signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        from dmdtrain.train import interrupt
+        with interrupt.listening():
+            signal.raise_signal(signal.SIGINT)
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except interrupt.Interrupted as error:
+                print("asked", error.asked.name)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "asked SIGTERM\n"
+
+
+def test_a_signal_in_validation_leaves_promptly_and_is_made_up_for(start, write, run):
+    prompts = [
+        f"a {a} {b} {c}" for a in ("red", "blue") for b in ("cat", "dog") for c in ("runs", "sleeps", "on grass")
+    ]
+    changes = {"validation.every": 1, "validation.count": 12, "validation.prompts": prompts}
+    file = write(**changes, **{"validation.num_frames": 9})
+    fit = start("fit", file)
+    fit.until(lambda: len(steps(run)) == 1)
+    time.sleep(0.1)
+    fit.send(signal.SIGTERM)
+    assert fit.code() == 75
+    step = steps(run)[-1]
+    samples = run / "samples" / f"step-{step:06d}"
+    assert newest(run / "checkpoints").name == f"step-{step:06d}" and not half_written(run)
+    lacking = not (samples / "results.json").exists()
+    assert lacking, "it was too quick"
+    # The step is validated by the next process, though it has nothing to train.
+    assert start("fit", file, "--max-steps", step).code() == 0
+    assert len(list(samples.glob("*.mp4"))) == 12 and (samples / "results.json").exists()
+    finished = start("fit", file, "--max-steps", step)
+    assert finished.code() == 0 and "nothing to do" in finished.output
+
+
+def test_signals_in_the_warm_up_and_while_its_data_are_made(start, write, run, tmp_path):
+    changes = {"rollout.causal": True, "rollout.num_frame_per_block": 1, "warmup.kind": "ode_regression"}
+    changes |= {
+        "warmup.steps": 100_000,
+        "warmup.num_samples": 40,
+        "warmup.teacher_steps": 30,
+        "checkpoint.every": 100_000,
+    }
+    file = write(**changes)
+    made = run / "cache" / "warmup" / "samples"
+    making = start("fit", file)
+    making.until(lambda: making.output.count("warm-up: the teacher makes") and made.exists())
+    time.sleep(0.2)
+    making.send(signal.SIGTERM)
+    assert making.code(10) == 75
+    assert not half_written(run)
+    before = len(list(made.iterdir()))
+    training = start("fit", file)
+    training.until(lambda: len(steps(run / "warmup")) >= 3)
+    training.send(signal.SIGTERM)
+    assert training.code() == 75
+    assert before <= len(list(made.iterdir())) == 40
+    step = steps(run / "warmup")[-1]
+    assert newest(run / "warmup").name == f"step-{step:06d}" and not half_written(run)
+    again = start("fit", file)
+    again.until_it_says(f"resumed from {run / 'warmup' / f'step-{step:06d}'}, warm-up step {step}")
+    again.until(lambda: steps(run / "warmup")[-1] > step)
+    # A sample that disappears is one line.
+    shutil.rmtree(made)
+    assert again.code() == 2
+    last = again.output.splitlines()[-1]
+    assert last.startswith(f"dmdtrain: {made}") and "No such file" in last
+
+
+def test_a_signal_while_the_teacher_makes_samples(start, write, tmp_path):
+    file, out = write(**{"data.resolution": "64x64"}), tmp_path / "made"
+    first = start("synthesize", file, "--out", out, "--what", "videos", "--count", 60, "--steps", 4)
+    first.until(lambda: list((out / "samples").glob("*.mp4")))
+    first.send(signal.SIGTERM)
+    assert first.code(10) == 75
+    made = list((out / "samples").glob("*.mp4"))
+    assert 0 < len(made) < 60 and not half_written(out)
+    assert (
+        start("synthesize", file, "--out", out, "--what", "videos", "--count", len(made) + 1, "--steps", 4).code() == 0
+    )
+
+
+def test_a_signal_while_prompts_are_encoded(start, write, run, tmp_path):
+    words = ["red", "blue", "cat", "dog", "runs", "sleeps", "on", "grass"]
+    (tmp_path / "prompts.txt").write_text("\n".join(" ".join(p) for p in itertools.permutations(words, 4)))
+    fit = start("fit", write())
+    cache = run / "cache" / "text"
+    fit.until(lambda: cache.exists() and len(list(cache.iterdir())) > 20)
+    fit.send(signal.SIGINT)
+    assert fit.code(10) == 130
+    assert not half_written(run) and not (run / "config.yaml").exists()
+    for file in cache.iterdir():
+        load_file(file)
+
+
+# ---------------------------------------------------------------------------------------------------- the disk
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(start, write, run):
+    """Checkpoints, metrics, TensorBoard, samples: none can be written; then all can."""
+    changes = {
+        "checkpoint.every": 2,
+        "checkpoint.keep": 3,
+        "log.tensorboard": True,
+        "checkpoint.max_failed_saves": 1000,
+    }
+    fit = start("fit", write(**changes, **{"validation.every": 5, "validation.num_frames": 1, "validation.count": 1}))
+    fit.until(lambda: list_checkpoints(run / "checkpoints"))
+    fit.limit_files(1)
+    time.sleep(1.5)
+    assert fit.process.is_alive()
+    stuck = steps(run)[-1]
+    kept = newest(run / "checkpoints")  # the last good one is untouched
+    assert not list((run / "checkpoints").glob(".*"))
+    fit.limit_files(UNLIMITED)
+    fit.until(lambda: list_checkpoints(run / "checkpoints")[-1] != kept and steps(run)[-1] > stuck + 2)
+    fit.send(signal.SIGTERM)
+    assert fit.code() == 75
+    assert steps(run) == list(range(1, steps(run)[-1] + 1))  # every line was kept
+    assert newest(run / "checkpoints").name == f"step-{steps(run)[-1]:06d}" and not half_written(run)
+    assert len(list((run / "tensorboard").iterdir())) >= 2
+    assert tensorboard_steps(run)[-1] == steps(run)[-1]
+
+
+def tensorboard_steps(run: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars("critic_loss")]
+
+
+def test_what_is_said_of_a_full_disk(start, write, run):
+    file = write(**{"checkpoint.every": 1, "checkpoint.max_failed_saves": 4, "log.tensorboard": True})
+    fit = start("fit", file)
+    fit.until(lambda: list_checkpoints(run / "checkpoints"))
+    fit.limit_files(1)
+    assert fit.code() == 74
+    said = [line for line in fit.output.splitlines() if "File too large" in line]
+    saves = [line for line in said if "the checkpoint could not be saved" in line]
+    assert [line.split("failure ")[1] for line in saves] == [f"{n} of at most 4 in a row" for n in (1, 2, 3, 4)]
+    assert sum("tensorboard can not be written" in line for line in said) <= 1
+    assert said[-1].startswith("dmdtrain: step ") and "4 saves in a row failed (File too large)" in said[-1]
+    good = newest(run / "checkpoints")
+    assert not half_written(run)
+    again = start("fit", file, "--max-steps", int(good.name.split("-")[1]) + 3)
+    assert again.code() == 0 and f"resumed from {good}" in again.output
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_failures_wait_longer_each_time(start, write, run, background):
+    fit = start(
+        "fit", write(**{"checkpoint.every": 4, "checkpoint.max_failed_saves": 5, "checkpoint.background": background})
+    )
+    fit.until(lambda: list_checkpoints(run / "checkpoints"))
+    good = list_checkpoints(run / "checkpoints")
+    fit.limit_files(2000)
+    assert fit.code() == 74
+    at = [int(line.split()[1].rstrip(":")) for line in fit.output.splitlines() if "could not be saved" in line]
+    assert len(at) == 5 and list_checkpoints(run / "checkpoints")[: len(good)] == good
+    least = [1, 2, 4, 4]  # a thread is seen to have failed a step later
+    waits = [b - a for a, b in itertools.pairwise(at)]
+    assert all(wait == want if not background else wait >= want for wait, want in zip(waits, least, strict=True)), at
+
+
+def test_the_last_step_is_saved_as_soon_as_it_can_be(start, write, run):
+    """The run has its steps, and the disk is full."""
+    fit = start("fit", write(**{"train.max_steps": 100, "checkpoint.every": 100, "checkpoint.max_failed_saves": 10}))
+    fit.until(lambda: len(steps(run)) >= 2)
+    fit.limit_files(3000)
+    fit.until_it_says("could not be saved")
+    fit.limit_files(UNLIMITED)
+    assert fit.code() == 0
+    assert newest(run / "checkpoints").name == "step-000100"
+    assert steps(run) == list(range(1, 101))
+
+
+def test_a_folder_that_vanishes_and_comes_back(start, write, run):
+    """As a mount does. Nothing is written to where it was meanwhile."""
+    fit = start("fit", write(**{"checkpoint.every": 1, "checkpoint.max_failed_saves": 1000}))
+    fit.until(lambda: list_checkpoints(run / "checkpoints"))
+    fit.until(lambda: len(steps(run)) >= 5)  # every prompt's embedding has been read
+    away = run.rename(run.with_name("away"))
+    fit.until_it_says("has gone); failure 2 of at most 1000")
+    assert not run.exists()
+    kept = newest(away / "checkpoints")
+    away.rename(run)
+    fit.until(lambda: list_checkpoints(run / "checkpoints")[-1] != kept)
+    fit.send(signal.SIGTERM)
+    assert fit.code() == 75
+    assert steps(run) == list(range(1, steps(run)[-1] + 1))
+    assert newest(run / "checkpoints").name == f"step-{steps(run)[-1]:06d}"
+
+
+def test_files_in_place_of_folders_do_not_stop_training(start, write, run):
+    changes = {"train.max_steps": 4, "log.tensorboard": True, "validation.every": 2, "validation.num_frames": 1}
+    file = write(**changes)
+    assert (
+        start("fit", file, "--max-steps", 1, "--set", "log.tensorboard=false", "--set", "validation.every=0").code()
+        == 0
+    )
+    for name in ("tensorboard", "samples"):
+        (run / name).write_text("in the way")
+    fit = start("fit", file)
+    assert fit.code() == 0
+    assert fit.output.count("tensorboard can not be written (File exists); training goes on") == 1
+    assert fit.output.count("the samples could not be written (") == 2
+    assert steps(run) == [1, 2, 3, 4] and newest(run / "checkpoints").name == "step-000004"
+
+
+def test_commands_on_a_full_disk_end_in_one_line_and_leave_nothing(start, write, run, tmp_path):
+    file = write(**{"train.max_steps": 1, "validation.num_frames": 1})
+    assert start("fit", file).code() == 0
+    ckpt, out = run / "checkpoints" / "step-000001", tmp_path / "out"
+    out.mkdir()
+    for args in (
+        ("fit", file, "--output-dir", out / "fit"),
+        ("validate", "--ckpt", ckpt, "--out", out / "validate"),
+        ("generate", "--ckpt", ckpt, "a cat", "--out", out / "a.mp4"),
+        ("export-lora", "--ckpt", ckpt, "--out", out / "a.safetensors"),
+        ("export-pipeline", "--ckpt", ckpt, "--out", out / "pipeline"),
+        ("synthesize", file, "--out", out / "made", "--count", 1, "--steps", 3),
+    ):
+        full = start(*args, file_limit=900 if args[0] == "synthesize" else 300)
+        assert full.code() in (2, 74), full.output
+        assert (
+            full.output.splitlines()[-1].startswith("dmdtrain: ") and "File too large" in full.output.splitlines()[-1]
+        )
+        assert not [f for f in half_written(out) if "partial" in f], args[0]
+        assert not [f for f in out.iterdir() if f.name in ("a.mp4", "a.safetensors", "pipeline")]
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("no right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_file_system_that_is_full_read_only_and_gone(start, write, tmp_path):
+    with mounted(tmp_path / "disk", "3m") as disk:
+        run = disk / "run"
+        changes = {
+            "output_dir": str(run),
+            "checkpoint.every": 1,
+            "checkpoint.keep": 1,
+            "checkpoint.max_failed_saves": 1000,
+        }
+        fit = start("fit", write(**changes))
+        fit.until(lambda: list_checkpoints(run / "checkpoints"))
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb") as ballast:
+            while True:
+                ballast.write(bytes(4096))
+                ballast.flush()
+        fit.until_it_says("could not be saved (no space left on device")
+        kept = newest(run / "checkpoints")
+        (disk / "ballast").unlink()
+        fit.until(lambda: list_checkpoints(run / "checkpoints")[-1] != kept)
+        # Read-only. The metrics file is open for writing: the kernel refuses to remount before it is closed, unless forced.
+        subprocess.run(["umount", "-l", disk], check=True)
+        fit.until_it_says("has gone)")
+        assert not any(disk.iterdir())
+        fit.send(signal.SIGTERM)
+        assert fit.code() == 75
+        assert not any(disk.iterdir())
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,ro", "tmpfs", disk], check=True)
+        refused = start("fit", write(**changes))
+        assert refused.code() == 2
+        assert (
+            refused.output.splitlines()[-1] == f"dmdtrain: output_dir: {run} can not be written: Read-only file system"
+        )
+
+
+def test_memory_that_runs_out_is_one_line(start, write, run):
+    """A real refusal of the host's allocator: the noise of one step would take more than a machine has."""
+    file = write(**{"data.resolution": "8192x8192", "rollout.num_training_frames": 1000, "train.batch_size": 1000})
+    fit = start("fit", file)
+    assert fit.code() == 1
+    (line,) = [line for line in fit.output.splitlines() if line.startswith("dmdtrain: ")]
+    assert "out of memory (can't allocate memory" in line
+    assert "train.gradient_checkpointing=true" in line and "train.batch_size=1" in line and "dmdtrain plan" in line
+
+
+# ---------------------------------------------------------------------------------------------------- which checkpoint
+
+
+def test_a_damaged_newest_checkpoint_is_told_set_aside_and_passed_over(start, write, run, tmp_path):
+    file = write(**{"train.max_steps": 6, "checkpoint.every": 2, "checkpoint.keep": 9})
+    assert start("fit", file).code() == 0
+    whole = shutil.copytree(run, tmp_path / "whole")
+    root = run / "checkpoints"
+    content = bytearray((root / "step-000006" / "student.safetensors").read_bytes())
+    content[-1] ^= 1
+    (root / "step-000006" / "student.safetensors").write_bytes(content)
+    (root / "step-000004" / "ema.safetensors").unlink()
+    again = start("fit", file)
+    assert again.code() == 0
+    told = [line for line in again.output.splitlines() if line.startswith("damaged: ")]
+    assert told == [
+        f"damaged: {root / 'step-000006'}: student.safetensors is damaged (its checksum differs); it is "
+        "damaged-1-step-000006 now",
+        f"damaged: {root / 'step-000004'}: ema.safetensors is missing; it is damaged-1-step-000004 now",
+    ]
+    assert f"resumed from {root / 'step-000002'}" in again.output
+    assert (root / "damaged-1-step-000006" / "student.safetensors").read_bytes() == content
+    assert_same_to_the_bit(root / "step-000006", whole / "checkpoints" / "step-000006")
+
+
+def test_minutes_decide_as_well(start, write, run):
+    fit = start("fit", write(**{"checkpoint.every_minutes": 0.3 / 60, "checkpoint.keep": 100}))
+    fit.until(lambda: len(list_checkpoints(run / "checkpoints")) >= 3)
+    fit.send(signal.SIGTERM)
+    assert fit.code() == 75
+    seconds = [f.stat().st_mtime for f in list_checkpoints(run / "checkpoints")[:-1]]
+    assert all(0.2 < b - a < 5 for a, b in itertools.pairwise(seconds))
+
+
+def test_the_owner_of_a_folder_is_named(start, write, run):
+    fit = start("fit", write())
+    fit.until(lambda: len(steps(run)) >= 1)
+    second = start("fit", write())
+    assert second.code() == 2
+    assert f"is in use by another process (pid {fit.process.pid} on {os.uname().nodename})" in second.output
+    fit.send(signal.SIGKILL)
+    fit.process.join()
+    assert start("fit", write(), "--max-steps", 2).code() == 0  # a dead one is no obstacle
+
+
+def test_random_kills_come_to_the_same_bits(tmp_path):
+    """`make torture` does it for longer."""
+    script = Path(__file__).parents[1] / "scripts" / "torture.py"
+    args = [sys.executable, script, "--kills", "15", "--seed", str(os.getpid()), "--out", tmp_path / "torture"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 kills in" in done.stdout and "every run came to the same bits" in done.stdout

@@ -1,0 +1,153 @@
+"""Everything that shapes the future is in a checkpoint: run 2 steps, resume, run 2 = run 4, to the bit, for every combination."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from dmdtrain.config import Config, build
+from dmdtrain.models.encode import TextCache
+from dmdtrain.models.wan import find_folder
+from dmdtrain.train.checkpoint import list_checkpoints
+from dmdtrain.train.trainer import fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ["a red cat runs", "a blue dog sleeps", "a cat on grass"]
+OPTIMIZERS = ("adamw", "adamw_bf16", "adamw8bit")
+CASES = [
+    *(("lora", *rest) for rest in product(("bidirectional", "causal"), ("fp32", "int8", "nf4"), OPTIMIZERS)),
+    *(("full", *rest) for rest in product(("bidirectional", "causal"), ("fp32",), OPTIMIZERS)),
+]
+
+
+@pytest.fixture(scope="module")
+def encoded(wan_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoded") / "cache"
+    found = find_folder(str(wan_folder), "model.base")
+    TextCache(found, folder / "text", 8, "fp32", torch.device("cpu")).prepare([*PROMPTS, "", "a dog"])
+    return folder
+
+
+@pytest.fixture
+def values(settings, tmp_path) -> dict:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings["data"] |= {"prompts": str(tmp_path / "prompts.txt"), "resolution": "32x32", "caption_dropout": 0.3}
+    settings["rollout"] = {"num_training_frames": 2}
+    settings["checkpoint"] = {"every": 1, "keep": 10}
+    settings["validation"] = {"every": 0, "prompts": ["a dog"], "num_frames": 5, "resolution": "32x32"}
+    settings["log"] = {"tensorboard": False}
+    return settings
+
+
+def configured(values: dict, output: Path, encoded: Path, steps: int) -> Config:
+    values = copy.deepcopy(values) | {"output_dir": str(output)}
+    values["train"]["max_steps"] = steps
+    if not output.exists():
+        shutil.copytree(encoded, output / "cache")
+    return build(values)
+
+
+def content(checkpoint: Path) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for file in checkpoint.iterdir():
+        if file.suffix == ".safetensors":
+            found |= {f"{file.stem}:{key}": value for key, value in load_file(file).items()}
+        elif file.suffix == ".json" and file.name != "manifest.json":
+            found[file.name] = json.loads(file.read_text())
+    return found
+
+
+def assert_same_to_the_bit(a: Path, b: Path) -> None:
+    first, second = content(a), content(b)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        same = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
+        assert same, key
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_two_and_two_are_four(case, values, encoded, tmp_path):
+    """A causal student is stopped in its warm-up, too. Every second case accumulates."""
+    kind, direction, precision, optimizer = case
+    values["model"]["precision"] = precision
+    rank = 176 if optimizer == "adamw8bit" else 4  # 176 x 24 values: from 4096 on, bitsandbytes quantizes the moments
+    for role in ("student", "fake_score"):
+        values[role] |= {"kind": kind, "rank": rank, "alpha": rank}
+    values["optimizer"]["name"] = optimizer
+    values["train"] |= {"batch_size": 2, "gradient_accumulation": 1 + CASES.index(case) % 2}
+    if direction == "causal":
+        values["rollout"] |= {"causal": True, "num_frame_per_block": 1}
+        kinds = ("teacher_forcing", "ode_regression")
+        values["warmup"] = {"kind": kinds[CASES.index(case) % 2], "steps": 2, "num_samples": 3, "teacher_steps": 3}
+    quiet = Console(quiet=True)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    fit(configured(values, whole, encoded, 4), "auto", quiet)
+    if direction == "causal":
+        shutil.copytree(whole, broken)
+        shutil.rmtree(broken / "checkpoints")
+        shutil.rmtree(broken / "warmup" / "step-000002")
+    fit(configured(values, broken, encoded, 2), "auto", quiet)
+    torch.manual_seed(5)  # the global generator plays no part
+    fit(configured(values, broken, encoded, 4), "auto", quiet)
+    assert [f.name for f in list_checkpoints(broken / "checkpoints")] == [f"step-{n:06d}" for n in (1, 2, 3, 4)]
+    for stage in ("warmup", "checkpoints"):
+        for folder in list_checkpoints(whole / stage):
+            assert_same_to_the_bit(broken / stage / folder.name, folder)
+    second, last = (content(whole / "checkpoints" / f"step-{n:06d}") for n in (2, 4))
+    moved = [
+        key for key, value in last.items() if isinstance(value, torch.Tensor) and not torch.equal(value, second[key])
+    ]  # type: ignore[arg-type]
+    for part in ("student:", "fake_score:", "ema:", "optimizer_student:", "optimizer_fake_score:", "random:"):
+        assert any(key.startswith(part) for key in moved), part
+    quantized = any(isinstance(v, torch.Tensor) and v.dtype == torch.uint8 for k, v in last.items() if "optimizer" in k)
+    assert quantized == (optimizer == "adamw8bit" and kind == "lora")
+
+
+def test_surroundings_change_nothing(values, encoded, tmp_path):
+    """Working directory, locale, hash seed, time zone, the terminal's encoding, a clock that jumps, saves in the foreground."""
+    values["train"]["batch_size"] = 1
+    values["data"]["prompts"] = str(tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("a red cat runs\nein Kätzchen läuft\n", encoding="utf-8")
+    here, there = tmp_path / "here", tmp_path / "läuft 走"
+    config = configured(values, here, encoded, 4)
+    fit(config, "auto", Console(quiet=True))
+    from dmdtrain.config import dump
+
+    (tmp_path / "run.yaml").write_text(dump(config), encoding="utf-8")
+    jump = (
+        "import itertools, time; real = time.time; jumps = itertools.cycle((0, 1e8, -1e8, 3.5))\n"
+        "time.time = lambda: real() + next(jumps)\n"
+        "from dmdtrain.cli import main; main()"
+    )
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONHASHSEED": "123",
+        "TZ": "Asia/Kathmandu",
+        "PYTHONIOENCODING": "ascii",
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    overrides = ["--set", "checkpoint.background=false", "--set", "log.tensorboard=true"]
+    ran = subprocess.run(
+        [sys.executable, "-c", jump, "fit", tmp_path / "run.yaml", "--output-dir", there, *overrides],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert b"done: " in ran.stdout
+    for step in (3, 4):
+        assert_same_to_the_bit(*(run / "checkpoints" / f"step-{step:06d}" for run in (here, there)))
