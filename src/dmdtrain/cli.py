@@ -36,7 +36,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        typer.echo(f"dmdtrain: {error}", err=True)
+        typer.echo(f"dmdtrain: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
     except KeyboardInterrupt:
         typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
