@@ -232,6 +232,42 @@ def export_pipeline(
         run_export(ckpt=ckpt, out=out, weights=weights, precision=precision, console=_console())
 
 
+config_app = typer.Typer(
+    help="Look at a configuration: what it resolves to, its schema, its reference.", no_args_is_help=True
+)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in fit.")] = None,
+) -> None:
+    """Print every value of a configuration and where it is from: file, --set, default, or derived from others."""
+    with _one_line_errors():
+        from dmdtrain.config import build, read
+        from dmdtrain.reference import show
+
+        values, origins = read(config, list(set_ or []))
+        typer.echo(show(build(values, str(config)), origins), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration, with which editors complete and check it."""
+    from dmdtrain.reference import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+@config_app.command("docs")
+def config_docs() -> None:
+    """Print the reference page of all keys in Markdown."""
+    from dmdtrain.reference import page
+
+    typer.echo(page(), nl=False)
+
+
 def main() -> None:
     try:
         app()

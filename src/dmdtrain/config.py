@@ -136,6 +136,10 @@ def _split_numbers(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+Timestep = Annotated[float, Field(gt=0, le=1000)]
+Steps = Annotated[list[Timestep], BeforeValidator(_split_numbers, json_schema_input_type=list[Timestep] | str)]
+
+
 class Model(Group):
     """The models: all roles start from one base."""
 
@@ -203,7 +207,7 @@ class FakeScore(Group):
 class Dmd(Group):
     """Distribution matching: the student's steps, guidance, and the noise levels of the scores."""
 
-    denoising_steps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], BeforeValidator(_split_numbers)] = [
+    denoising_steps: Steps = [
         1000,
         757,
         522,
@@ -470,7 +474,7 @@ class Validation(Group):
     """Video frames, 1 + 4k."""
     resolution: int | str = "832x480"
     """As `data.resolution`."""
-    steps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]] | None, BeforeValidator(_split_numbers)] = None
+    steps: Steps | None = None
     """Timesteps of the student in validation. None: dmd.denoising_steps."""
     guidance_scale: NonNegative = 1.0
     """Of the student, standard form; 0 or 1: off, as it was trained."""
