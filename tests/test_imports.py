@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "dmdtrain"
 LAYERS = [
     {"flow", "strict_yaml"},
     {"config"},
-    {"dmd", "miniature", "reference", "importer"},
-    {"models", "rollout", "data"},
+    {"dmd", "miniature", "reference", "simpletuner"},
+    {"models", "rollout", "data", "importer"},
     {"export", "pipeline"},
     {"train"},
     {"cli"},

@@ -232,6 +232,27 @@ def export_pipeline(
         run_export(ckpt=ckpt, out=out, weights=weights, precision=precision, console=_console())
 
 
+@app.command("import-config")
+def import_config(
+    config: Annotated[Path, typer.Argument(help="SimpleTuner's config.json of a DMD run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The YAML to write; it must not exist.")] = Path("run.yaml"),
+    data: Annotated[
+        Path | None, typer.Option(help="Its multidatabackend.json; default: what the configuration names.")
+    ] = None,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="A student of one block, without the settings of blocks.")
+    ] = False,
+) -> None:
+    """Translate a configuration of SimpleTuner, key by key. Exit code 1: some were refused."""
+    with _one_line_errors():
+        from dmdtrain.importer import import_config as run_import
+
+        text, complete = run_import(config, data, out, causal=not bidirectional)
+        typer.echo(f"{text}wrote {out}; next: dmdtrain fit {out} --dry-run")
+        if not complete:
+            raise typer.Exit(STOPPED)
+
+
 config_app = typer.Typer(
     help="Look at a configuration: what it resolves to, its schema, its reference.", no_args_is_help=True
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
 from pydantic.fields import FieldInfo
 
+from dmdtrain import strict_yaml
 from dmdtrain.config import MOST, Config, groups, known_keys, nested_get
 
 COMMENT_COLUMN = 44
@@ -55,16 +55,9 @@ def show(config: Config, origins: dict[str, str]) -> str:
             lines.append(f"{group}:")
         value = values[group][name] if group in kinds else values[name]
         origin = origins.get(key, "default") if key not in means else f"derived: {means[key]}"
-        text = f"{'  ' if group else ''}{name}: {_inline(value)}"
+        text = f"{'  ' if group else ''}{name}: {strict_yaml.inline(value)}"
         lines.append(f"{text:<{COMMENT_COLUMN}}  # {' '.join(origin.split())}")
     return "\n".join(lines) + "\n"
-
-
-def _inline(value: Any) -> str:
-    """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    text = text.removesuffix("\n...\n").rstrip("\n")
-    return text if "\n" not in text else json.dumps(value)
 
 
 def schema() -> dict[str, Any]:
@@ -94,7 +87,7 @@ def _loose_fields() -> list[tuple[str, FieldInfo]]:
 def _table(fields: list[tuple[str, FieldInfo, dict[str, Any]]]) -> list[str]:
     rows = ["| key | valid | default | meaning |", "|---|---|---|---|"]
     for name, field, part in fields:
-        cells = (f"`{name}`", _valid(part), f"`{_inline(part.get('default'))}`", _meaning(field))
+        cells = (f"`{name}`", _valid(part), f"`{strict_yaml.inline(part.get('default'))}`", _meaning(field))
         rows.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return rows
 

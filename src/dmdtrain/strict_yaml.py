@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -132,3 +133,10 @@ def _copy(value: Any) -> Any:
     if isinstance(value, list):
         return [_copy(part) for part in value]
     return value
+
+
+def inline(value: Any) -> str:
+    """A plain value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    text = text.removesuffix("\n...\n").rstrip("\n")
+    return text if "\n" not in text else json.dumps(value)
