@@ -263,7 +263,7 @@ def _flavour(made: Translation, value: Any, source: str) -> None:
 
 
 def _text_encoder(made: Translation, value: Any, source: str) -> None:
-    same = value == made.given.get("pretrained_model_name_or_path")
+    same = value == made.given.get("pretrained_model_name_or_path") or str(value).startswith("Wan-AI/Wan2.1-")
     what = "the text encoder is the base folder's" + ("" if same else ": put this one into that folder")
     made.say(SAME if same else REFUSED, source, what)
 
@@ -698,11 +698,11 @@ def import_config(file: Path, data: Path | None, out: Path, *, causal: bool) -> 
         The report, and whether nothing was refused.
     """
     prompts = out.with_suffix(".prompts.txt")
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--out: {out}: it must end in .yaml")
     for path in (out, prompts):
         if path.exists():
             raise ConfigError(f"--out: {path} exists; choose another name")
-    if out.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"--out: {out}: it must end in .yaml")
     if not out.parent.is_dir():
         raise ConfigError(f"--out: {out.parent}: no such folder")
     config, made = translate(file, data, out, causal=causal)
