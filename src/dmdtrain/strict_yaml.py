@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import yaml
@@ -137,6 +136,10 @@ def _copy(value: Any) -> Any:
 
 def inline(value: Any) -> str:
     """A plain value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    text = text.removesuffix("\n...\n").rstrip("\n")
-    return text if "\n" not in text else json.dumps(value)
+    width = float("inf")
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=width)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    if text.isprintable():
+        return text
+    # Text with line breaks and the like, in double quotes with escapes.
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=width).removesuffix("\n")
