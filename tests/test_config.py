@@ -654,6 +654,19 @@ def test_numbers_that_no_machine_holds(refusal, text, says):
     assert refusal(text).startswith(says)
 
 
+@pytest.mark.parametrize(
+    "key", ["model.base", "model.teacher", "warmup.data", "data.prompts", "validation.prompts", "output_dir"]
+)
+def test_names_that_no_file_has(refusal, key):
+    assert refusal("", f"{key}={'x' * 300}").startswith(f"{key}: 'xxx")
+    assert "too long for the name of a file or folder" in refusal("", f"{key}={'x/' * 3000}")
+    assert refusal("", f"{key}=~no-such-user/a") == f"{key}: '~no-such-user/a': no such user's folder"
+    assert refusal("", f"{key}={'' if key == 'output_dir' else quoted_nothing}") == f"{key}: '': it must not be empty"
+
+
+quoted_nothing = '""'
+
+
 def test_where_values_come_from(tmp_path):
     (tmp_path / "run.yaml").write_text("train: {max_steps: 5, seed: 1}\nstudent: {rank: 4, alpha: 4}\nema:\n")
     values, origins = read(tmp_path / "run.yaml", ["train.seed=2", "ema.every=3", "student={rank: 8}", "output_dir=x"])

@@ -20,13 +20,13 @@ from dmdtrain.strict_yaml import inline, parse
 COMMON: dict[str, Any] = dict(deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 FEW = settings(max_examples=300, **COMMON)
 MANY = settings(max_examples=1000, **COMMON)
-SLOW = settings(max_examples=50_000, **COMMON | {"derandomize": False})
+SLOW = settings(max_examples=20_000, **COMMON | {"derandomize": False})
 
 KEYS = known_keys()
 numbers = st.one_of(
     st.integers(),
     st.integers(-3, 30),
-    st.floats(),
+    st.floats(allow_subnormal=False),
     st.sampled_from(
         [0, 1, -1, 0.0, -0.0, 0.5, 1e-8, 1e300, -1e300, 2**31, 2**64, 10**90, math.nan, math.inf, -math.inf]
     ),
@@ -53,7 +53,7 @@ def likely(key: str) -> st.SearchStrategy[Any]:
     if isinstance(default, bool):
         near.append(st.booleans())
     elif isinstance(default, int | float):
-        near += [st.integers(0, 40), st.floats(0, 2)]
+        near += [st.integers(0, 40), st.floats(0, 2, allow_subnormal=False)]
     group, _, name = key.rpartition(".")
     field = (groups()[group] if group else Config).model_fields[name]
     words = [word for word in getattr(field.annotation, "__args__", ()) if isinstance(word, str)]
@@ -224,6 +224,7 @@ def test_any_configuration_of_simpletuner(changes, dataset, causal, tmp_path_fac
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @SLOW
 @given(values=trees)
 def test_any_values_for_long(values, file):

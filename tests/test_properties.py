@@ -25,7 +25,7 @@ SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=
 shapes = st.tuples(*(st.integers(1, 3) for _ in range(5)))  # [B, C, T, H, W]
 seeds = st.integers(0, 2**31)
 shifts = st.floats(0.1, 20)
-sigmas = st.floats(0, 1)
+sigmas = st.floats(0, 1, allow_subnormal=False)
 scales = st.floats(1e-3, 1e3)
 
 
@@ -101,7 +101,7 @@ def test_score_timesteps_stay_in_their_range(seed, low, length, shift, bounds):
 @SETTINGS
 @given(
     start=st.floats(0.001, 1000),
-    end=st.floats(0, 1000),
+    end=st.floats(0, 1000, allow_subnormal=False),
     by_exit=st.booleans(),
     by_start=st.booleans(),
     least=st.integers(0, 999),
@@ -154,7 +154,7 @@ def test_the_loss_has_the_closed_form_as_its_derivative(shape, seed):
 
 
 @SETTINGS
-@given(shape=shapes, seed=seeds, scale=st.floats(0, 20), per_frame=st.booleans())
+@given(shape=shapes, seed=seeds, scale=st.floats(0, 20, allow_subnormal=False), per_frame=st.booleans())
 def test_guidance_of_flows_is_guidance_of_x0(shape, seed, scale, per_frame):
     noisy, cond, uncond = draw(shape, seed, 3)
     sigma = levels(shape, seed, per_frame)

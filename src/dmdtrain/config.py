@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dmdtrain import strict_yaml
 
@@ -121,6 +121,20 @@ def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, ke
     raise ValueError(f"{key}: {_short(text)} is neither WIDTHxHEIGHT (such as 832x480) nor a number of pixels (480)")
 
 
+def _file_name(value: str) -> str:
+    """A path that the file system can be asked for."""
+    if any(len(part.encode()) > 255 for part in value.split("/")) or len(value.encode()) > 4000:
+        raise ValueError(f"{_short(value)}: too long for the name of a file or folder")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{_short(value)}: no such user's folder") from None
+    return value
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
+
+
 def _yaml_no(value: Any) -> Any:
     """YAML 1.1 reads a bare `no` as false."""
     return "no" if value is False else value
@@ -143,9 +157,9 @@ Steps = Annotated[list[Timestep], BeforeValidator(_split_numbers, json_schema_in
 class Model(Group):
     """The models: all roles start from one base."""
 
-    base: str = "wan-tiny"
+    base: PathText = "wan-tiny"
     """Diffusers folder, hub id (org/name), or `wan-tiny`, the built-in miniature."""
-    teacher: str | None = None
+    teacher: PathText | None = None
     """Another teacher than the base (same latents and text encoder). None: the base itself."""
     precision: Precision = "bf16"
     """Of the frozen base. int8: its blocks' linear layers, weight-only, a scale per row; int8-llm: bitsandbytes' LLM.int8, with
@@ -355,7 +369,7 @@ class Warmup(Group):
     """After a linear rise over lr_warmup_steps; otherwise `optimizer` holds here too."""
     lr_warmup_steps: CountOrZero = 0
     """Updates of linear rise to `lr`."""
-    data: str | None = None
+    data: PathText | None = None
     """Folder made by `dmdtrain synthesize`. None: fit makes num_samples in output_dir/cache/warmup, and goes on there when
     it was interrupted."""
     num_samples: Count = 1000
@@ -369,7 +383,7 @@ class Warmup(Group):
 class Data(Group):
     """What the student is trained on."""
 
-    prompts: str = "wan-tiny"
+    prompts: PathText = "wan-tiny"
     """Text file, one prompt a line; `wan-tiny`: the miniature's training captions."""
     negative_prompt: str = ""
     """What the unconditional passes of teacher and fake score are given."""
@@ -466,7 +480,7 @@ class Validation(Group):
 
     every: CountOrZero = 200
     """Steps; 0: never."""
-    prompts: str | list[str] = "wan-tiny"
+    prompts: PathText | list[str] = "wan-tiny"
     """Text file, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
     count: Count = 8
     """At most so many of them."""
@@ -521,7 +535,7 @@ class Config(Group):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()
-    output_dir: Annotated[str, Field(min_length=1)] = "output/dmdtrain"
+    output_dir: PathText = "output/dmdtrain"
     """Folder of the run: config.yaml, checkpoints, samples, metrics. It must be new, empty or this run's own."""
 
     @model_validator(mode="before")
@@ -607,13 +621,17 @@ def known_keys(group: str = "") -> list[str]:
     return [key for key in keys if not group or key.startswith(f"{group}.")]
 
 
+def _where(error: Any) -> list[str]:
+    """The parts of the key that a pydantic error is about, without its names of a field's several types."""
+    where = [text if (text := str(part)).isprintable() and len(text) <= 60 else _short(text) for part in error["loc"]]
+    depth = next((n for n in (1, 2) if ".".join(where[:n]) in known_keys()), 0)
+    return where[:depth] + [part for part in where[depth:] if part.isdigit()] if depth else where
+
+
 def _describe(error: Any) -> str:
     """One pydantic error as `key: what it is; what would be valid`."""
-    where = [text if (text := str(part)).isprintable() and len(text) <= 60 else _short(text) for part in error["loc"]]
+    where = _where(error)
     key = ".".join(where)
-    depth = next((n for n in (1, 2) if ".".join(where[:n]) in known_keys()), 0)
-    if depth:  # what follows are list positions and, for fields of several types, pydantic's name of the one it tried
-        key = ".".join(where[:depth] + [part for part in where[depth:] if part.isdigit()])
     value = error.get("input")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -623,6 +641,8 @@ def _describe(error: Any) -> str:
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "value_error":
         message = str(context["error"])
+        if key in known_keys():  # of the value itself
+            return f"{key}: {message}"
         return f"{key}.{message}" if key and not message.startswith(f"{key}.") else message
     wanted = {
         "literal_error": f"valid are {str(context.get('expected', '')).replace(chr(39), '')}",
@@ -644,7 +664,8 @@ def build(values: dict[str, Any], source: str = "config") -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        others = len({tuple(_where(error)) for error in errors}) - 1
+        more = f" ({others} more)" if others else ""
         raise ConfigError(f"{source}: {_describe(errors[0])}{more}") from None
 
 
