@@ -175,6 +175,7 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ({"lora_rank": 64, "lora_alpha": None}, "student.alpha", 64),
         ({"lora_rank": 64}, "fake_score.rank", 64),
         ({"adam_beta1": 0.0}, "optimizer.betas", (0.0, 0.999)),
+        ({"optimizer_beta2": 0.99}, "optimizer.betas", (0.9, 0.99)),
         ({"report_to": "none"}, "log.tensorboard", False),
         ({"report_to": "tensorboard"}, "log.tensorboard", True),
         ({"validation_disable": True}, "validation.every", 0),
@@ -398,6 +399,12 @@ def test_text_of_theirs_can_not_leave_a_comment(theirs, tmp_path):
     odd = {"evil\nmodel: {base: x}": "\u2028train: 5", "\x85key": "\ud800"}
     lists, config = theirs.imported(odd, code=1)
     assert len(lists["refused"]) == 2 and config.model.base == QUICKSTART["pretrained_model_name_or_path"]
+
+
+def test_guidance_of_a_student_is_told(theirs, tmp_path):
+    theirs.imported({"validation_guidance": 5.0})
+    line = next(line for line in (tmp_path / "run.yaml").read_text().splitlines() if "guidance_scale" in line)
+    assert line == "  guidance_scale: 5 # the student is trained to be sampled without guidance: 1"
 
 
 def test_the_tables_hold_together():

@@ -585,6 +585,9 @@ def _complete(made: Translation) -> None:
     if made.causal:
         made.add("rollout.causal", True, "blocks of frames, as SimpleTuner's rollout makes them")
         made.add("warmup.kind", "ode_regression", "not in SimpleTuner: DMD does not repair a causal student without it")
+    guidance = made.values.get("validation.guidance_scale")
+    if isinstance(guidance, int | float) and guidance > 1:
+        made.comments["validation.guidance_scale"] = "the student is trained to be sampled without guidance: 1"
     prompts = made.values.get("validation.prompts")
     if prompts is not None and len(prompts) > Config().validation.count:
         made.add("validation.count", len(prompts), "all of them")

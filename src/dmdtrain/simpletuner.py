@@ -71,6 +71,8 @@ ALIASES = {
     "validation_steps": "validation_step_interval",
     "validation_num_frames": "validation_num_video_frames",
     "rank": "lora_rank",
+    "optimizer_beta1": "adam_beta1",
+    "optimizer_beta2": "adam_beta2",
     "validation_prompts": "validation_prompt",
 }
 
@@ -194,6 +196,8 @@ AGREE: dict[str, tuple[tuple[Any, ...], str]] = {
     "control": ((False,), "not for a few-step student"),
     "resolution_type": (("pixel_area", "pixel", "area"), "valid are pixel_area, pixel, area"),
     "model_flavour": (tuple(FLAVOURS), "only text-to-video of Wan 2.1 can be distilled"),
+    "prepend_instance_prompt": ((False,), "write the words into the captions"),
+    "only_instance_prompt": ((False,), "set caption_strategy: instanceprompt"),
     "optimizer_config": ((False, ""), "set optimizer.betas, eps and weight_decay in the YAML"),
     "distillation_config.simulate_generator_forward": ((True,), "the rollout is always simulated, as the student runs"),
     "distillation_config.fake_score_use_ema": ((False,), "the fake score has no average; the student has"),
@@ -303,7 +307,7 @@ NO_MEANING: list[tuple[str, str]] = [
     ("""ema_warmup_steps""", "ema.decay holds from the first update"),
     (
         """freeze_* layer_freeze_strategy text_encoder_* save_text_encoder t5_padding data_aesthetic_score
-        instance_prompt parquet_*""",
+        instance_prompt parquet_* audio_* pretrained_gemma_* qwen_* prodigy_steps""",
         "not for Wan, or not for DMD",
     ),
     (
