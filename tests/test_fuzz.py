@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dmdtrain.config import Config, ConfigError, build, dump, groups, known_keys, load, nested_get, read
-from dmdtrain.importer import import_config
 from dmdtrain.reference import show
+from dmdtrain.simpletuner.importer import import_config
 from dmdtrain.strict_yaml import inline, parse
 
 COMMON: dict[str, Any] = dict(deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -16,7 +16,7 @@ LAYERS = [
     {"flow", "strict_yaml"},
     {"config"},
     {"dmd", "miniature", "reference", "simpletuner"},
-    {"models", "rollout", "data", "importer"},
+    {"models", "rollout", "data"},
     {"export", "pipeline"},
     {"train"},
     {"cli"},

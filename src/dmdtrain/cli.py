@@ -245,7 +245,7 @@ def import_config(
 ) -> None:
     """Translate a configuration of SimpleTuner, key by key. Exit code 1: some were refused."""
     with _one_line_errors():
-        from dmdtrain.importer import import_config as run_import
+        from dmdtrain.simpletuner.importer import import_config as run_import
 
         text, complete = run_import(config, data, out, causal=not bidirectional)
         typer.echo(f"{text}wrote {out}; next: dmdtrain fit {out} --dry-run")

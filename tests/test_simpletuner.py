@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import done, refused, run_cli
 
-from dmdtrain import simpletuner as tables
 from dmdtrain.config import load
-from dmdtrain.importer import LISTS
+from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner.translation import LISTS
 
 # SimpleTuner's quickstart for DMD, as published.
 QUICKSTART = json.loads((Path(__file__).parent / "simpletuner_quickstart.json").read_text(encoding="utf-8"))

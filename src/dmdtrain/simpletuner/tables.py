@@ -1,4 +1,4 @@
-"""What SimpleTuner's settings are here, as tables. `importer.py` reads them.
+"""What SimpleTuner's settings are here, as tables.
 
 A key of `distillation_config` is written `distillation_config.KEY`, a key of a dataset `dataset.KEY`.
 """
