@@ -8,7 +8,7 @@ DEMO ?= output/wan-tiny
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-gpu lint format torture bench bench-gpu bench-wan-tiny wan-tiny clean
+.PHONY: setup demo test test-slow test-gpu lint format docs torture bench bench-gpu bench-wan-tiny wan-tiny clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages that are made from the code; a test fails while they are stale.
+docs: setup
+	@mkdir -p docs
+	$(BIN)/dmdtrain config schema > docs/config.schema.json.partial
+	mv docs/config.schema.json.partial docs/config.schema.json
+	$(BIN)/dmdtrain config docs > docs/configuration.md.partial
+	mv docs/configuration.md.partial docs/configuration.md
 
 # Full DMD steps of a tiny Wan on any machine; against a hand-written script; replay against one graph.
 bench: setup

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, VideoSet, build, differences, dump, known_keys, load, nested_get
+from dmdtrain.config import (
+    Config,
+    ConfigError,
+    VideoSet,
+    build,
+    differences,
+    dump,
+    groups,
+    known_keys,
+    load,
+    nested_get,
+    read,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -235,7 +248,7 @@ def test_empty_file_gives_the_defaults(load_text):
 
 def test_every_leaf_is_a_known_key():
     assert leaves(Config().model_dump()) == known_keys()
-    assert set(known_keys()) == set(CHANGED) | set(APART)
+    assert set(known_keys()) == set(CHANGED) | set(APART) | {"version"}  # which has one valid value
 
 
 def test_every_key_reaches_the_config_and_survives_dump_and_load(load_text):
@@ -586,7 +599,7 @@ def test_only_the_first_of_several_mistakes_is_told(refusal):
 # ---------------------------------------------------------------------------------------------------- files, --set
 
 
-@pytest.mark.parametrize("text", ["train: [", "\t- x", "a: b: c", "train: !!python/object:os.system {}"])
+@pytest.mark.parametrize("text", ["train: [", "\t- x", "a: b: c", "train: {max_steps: 0x_}"])
 def test_broken_yaml(refusal, text):
     assert refusal(text).startswith("not valid YAML: ")
 
@@ -598,6 +611,135 @@ def test_yaml_that_holds_no_groups(refusal, text):
 
 def test_keys_that_are_no_text(refusal):
     assert refusal("1: 2").startswith("1: ")
+    assert refusal("train:\n  on: 1") == "on: a key must be text (line 2)"
+    assert refusal("? [a]\n: 2") == "a key must be text (line 1)"
+
+
+def test_a_key_that_stands_twice(refusal, load_text):
+    text = "train:\n  max_steps: 5\nmodel: {}\ntrain:\n  seed: 1\n"
+    assert refusal(text) == "'train' stands twice, in lines 1 and 4"
+    assert refusal("train:\n  seed: 5\n  # more\n  seed: 5") == "'seed' stands twice, in lines 2 and 4"
+    merged = load_text("student: &lora {rank: 4, alpha: 8}\nfake_score:\n  <<: *lora\n  rank: 2\n")
+    assert (merged.fake_score.rank, merged.fake_score.alpha, merged.student.rank) == (2, 8, 4)
+
+
+def test_an_override_leaves_the_alias_of_its_group_alone(load_text):
+    config = load_text("student: &lora {rank: 4}\nfake_score: *lora\n", "student.rank=8")
+    assert (config.student.rank, config.fake_score.rank) == (8, 4)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
+)
+MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new}\n  <<: [{', '.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (BOMB, "more than 20,000 values, with every alias written out"),
+        (MERGE_BOMB, "more than 20,000 values, with every alias written out"),
+        ("a: &a [*a]", "nested more than 16 deep (line 1)"),
+        ("a: &a {<<: *a}", "nested more than 16 deep (line 1)"),
+        ("[" * 100_000, "nested more than 16 deep (line 1)"),
+        ("- " * 10_000, "nested more than 16 deep (line 1)"),
+        ("a: '" + "x" * 300_000 + "'", "more than 256 KiB; prompts go in a text file of their own"),
+        ("train: {seed: " + "9" * 5000 + "}", "a number of 5000 characters (line 1)"),
+        ("train: {seed: 0x" + "f" * 5000 + "}", "a number of 5002 characters (line 1)"),
+        ("model: {base: !!binary aGk=}", "the tag 'tag:yaml.org,2002:binary' is not for configurations (line 1)"),
+        ("train: !!python/object:os.system {}", "the tag 'tag:yaml.org,2002:python/object:os.system' is not for"),
+        ("train:\n  seed: !!int 5", "the tag 'tag:yaml.org,2002:int' is not for configurations (line 2)"),
+        ("train:\n  seed: =", "'=' must be in quotes (line 2)"),
+        ('model: {base: "a\\0b"}', "a character that is no text (line 1)"),
+        ('model: {base: "a\\ud800"}', "a character that is no text (line 1)"),
+        ("a: 1\n---\nb: 2", "not valid YAML: expected a single document"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_files_that_would_do_harm(refusal, text, says):
+    assert refusal(text).startswith(says)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_the_encodings_of_a_file(tmp_path, encoding):
+    text = "data: {negative_prompt: 色调艳丽}"
+    data = text.encode(encoding)
+    (tmp_path / "run.yaml").write_bytes(b"\xfe\xff" + data if encoding == "utf-16-be" else data)
+    assert load(tmp_path / "run.yaml").data.negative_prompt == "色调艳丽"
+
+
+def test_a_date_is_text(load_text):
+    assert load_text("output_dir: 2026-01-31").output_dir == "2026-01-31"
+
+
+def test_the_version_of_the_format(refusal, load_text):
+    assert load_text("version: 1").version == load_text("").version == 1
+    assert "version: 1\n" in dump(Config())
+    message = "version: 2 is newer than this dmdtrain reads; valid is 1"
+    assert refusal("version: 2\nnew_group: {key: 1}") == message
+    assert refusal("version: 0") == "version: 0: it must be at least 1"
+    assert refusal("version: true") == "version: true: it must not be true or false"
+
+
+def test_long_and_odd_values_are_named_on_one_line(refusal):
+    message = refusal(f"train: {{max_steps: '{'x' * 9000}'}}")
+    assert len(message) < 250 and "..." in message
+    assert refusal('"a\\nb": 1') == r"'a\nb': unknown key"
+    assert len(refusal(f"train: {{{'k' * 9000}: 1}}")) < 250
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {max_steps: 10000000000}", "train.max_steps: 10000000000: it must be at most 1000000000"),
+        ("train: {seed: 4294967296}", "train.seed: 4294967296: it must be below 4294967296"),
+        ("data: {resolution: 999999}", "data.resolution: '999999' is neither WIDTHxHEIGHT"),
+        (f"data: {{resolution: '{'9' * 400}'}}", "data.resolution: '9999"),
+        (f"data: {{aspect_ratio: '{'9' * 400}:1'}}", "data.aspect_ratio: '9999"),
+        ("validation: {num_frames: 4000000001}", "validation.num_frames: 4000000001: it must be at most 1000000000"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_numbers_that_no_machine_holds(refusal, text, says):
+    assert refusal(text).startswith(says)
+
+
+@pytest.mark.parametrize(
+    "key", ["model.base", "model.teacher", "warmup.data", "data.prompts", "validation.prompts", "output_dir"]
+)
+def test_names_that_no_file_has(refusal, key):
+    assert refusal("", f"{key}={'x' * 300}").startswith(f"{key}: 'xxx")
+    assert "too long for the name of a file or folder" in refusal("", f"{key}={'x/' * 3000}")
+    assert refusal("", f"{key}=~no-such-user/a") == f"{key}: '~no-such-user/a': no such user's folder"
+    assert refusal("", f"{key}={'' if key == 'output_dir' else quoted_nothing}") == f"{key}: '': it must not be empty"
+
+
+quoted_nothing = '""'
+
+
+def test_where_values_come_from(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {max_steps: 5, seed: 1}\nstudent: {rank: 4, alpha: 4}\nema:\n")
+    values, origins = read(tmp_path / "run.yaml", ["train.seed=2", "ema.every=3", "student={rank: 8}", "output_dir=x"])
+    assert build(values).student.alpha == 128
+    assert origins == {
+        "train.max_steps": "file",
+        "train.seed": "--set",
+        "ema.every": "--set",
+        "student.rank": "--set",
+        "output_dir": "--set",
+    }
+
+
+def test_every_key_says_what_it_is():
+    described = {
+        **{f"{name}.{key}": field for name, group in groups().items() for key, field in group.model_fields.items()}
+    }
+    described |= {key: field for key, field in Config.model_fields.items() if key not in groups()}
+    assert [key for key, field in described.items() if not field.description] == []
+    assert [name for name, group in groups().items() if not group.__doc__] == []
 
 
 def test_files_that_can_not_be_read(tmp_path):
@@ -605,7 +747,7 @@ def test_files_that_can_not_be_read(tmp_path):
         load(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"cannot be read: "):
         load(tmp_path)
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00train")
+    (tmp_path / "binary.yaml").write_bytes(b"train\x00\x01\xff")
     with pytest.raises(ConfigError, match=r"binary\.yaml: cannot be read: "):
         load(tmp_path / "binary.yaml")
 
@@ -620,6 +762,10 @@ def test_files_that_can_not_be_read(tmp_path):
         ("train.max_steps.x=5", "--set train.max_steps.x=5: max_steps is not a group of keys"),
         ("output_dir.x=5", "--set output_dir.x=5: output_dir is not a group of keys"),
         ("train=5", "train: 5: it must be a group of keys"),
+        ("train=", "--set train=: a group of keys; set one of them, such as train.max_steps=VALUE"),
+        ("a.b.c.d=1", "--set a.b.c.d=1: a.b.c.d: unknown key"),
+        ("model.base=!!python/name:os.system", "--set model.base=!!python/name:os.system: the tag"),
+        ("data.prompts='a\nb", "--set data.prompts='a\\nb: the value is not valid YAML"),
         ("train.max_steps=", "train.max_steps: None: input should be a valid integer"),
         ("a.b.c=1", "a: unknown key"),
         ("train.=5", "train.: unknown key"),

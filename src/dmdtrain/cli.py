@@ -44,7 +44,7 @@ def _one_line_errors() -> Iterator[None]:
         with interrupt.listening():
             yield
     except ConfigError as error:
-        typer.echo(f"dmdtrain: {error}", err=True)
+        typer.echo(f"dmdtrain: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
     except OSError as error:
         if error.errno not in DISK:
@@ -275,6 +275,63 @@ def export_pipeline(
         from dmdtrain.train.commands import export_pipeline as run_export
 
         run_export(ckpt=ckpt, out=out, weights=weights, precision=precision, console=_console())
+
+
+@app.command("import-config")
+def import_config(
+    config: Annotated[Path, typer.Argument(help="SimpleTuner's config.json of a DMD run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The YAML to write; it must not exist.")] = Path("run.yaml"),
+    data: Annotated[
+        Path | None, typer.Option(help="Its multidatabackend.json; default: what the configuration names.")
+    ] = None,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="A student of one block, without the settings of blocks.")
+    ] = False,
+) -> None:
+    """Translate a configuration of SimpleTuner, key by key. Exit code 1: some were refused."""
+    with _one_line_errors():
+        from dmdtrain.simpletuner.importer import import_config as run_import
+
+        text, complete = run_import(config, data, out, causal=not bidirectional)
+        typer.echo(f"{text}wrote {out}; next: dmdtrain fit {out} --dry-run")
+        if not complete:
+            raise typer.Exit(STOPPED)
+
+
+config_app = typer.Typer(
+    help="Look at a configuration: what it resolves to, its schema, its reference.", no_args_is_help=True
+)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in fit.")] = None,
+) -> None:
+    """Print every value of a configuration and where it is from: file, --set, default, or derived from others."""
+    with _one_line_errors():
+        from dmdtrain.config import build, read
+        from dmdtrain.reference import show
+
+        values, origins = read(config, list(set_ or []))
+        typer.echo(show(build(values, str(config)), origins), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration, with which editors complete and check it."""
+    from dmdtrain.reference import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+@config_app.command("docs")
+def config_docs() -> None:
+    """Print the reference page of all keys in Markdown."""
+    from dmdtrain.reference import page
+
+    typer.echo(page(), nl=False)
 
 
 def main() -> None:

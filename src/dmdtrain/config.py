@@ -8,20 +8,27 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import reprlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dmdtrain import strict_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+MOST = 1_000_000_000
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 Precision = Literal["fp32", "bf16", "int8", "int8-llm", "nf4"]
 
+VERSION = 1  # of the configuration's format
 VAE_TEMPORAL_FACTOR = 4  # of every Wan 2.1 codec; checked against the model's own config when it is loaded
 
 
@@ -30,7 +37,7 @@ class ConfigError(Exception):
 
 
 class Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -48,6 +55,14 @@ class Group(BaseModel):
             ):
                 raise ValueError(f"{name}: {str(value).lower()}: it must not be true or false")
         return values
+
+
+def _short(value: Any) -> str:
+    """A value as an error names it: on one line, whatever it is."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 100
+    shortened.maxlevel, shortened.maxdict, shortened.maxlist = 2, 4, 8
+    return shortened.repr(value)
 
 
 def _join(steps: list[float]) -> str:
@@ -89,7 +104,7 @@ def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, ke
     aspect ratio, each edge rounded to the multiple.
     """
     text = str(resolution)
-    if match := re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text):
+    if match := re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", text):
         width, height = int(match[1]), int(match[2])
         if height % multiple or width % multiple:
             valid = [max(multiple, round(edge / multiple) * multiple) for edge in (width, height)]
@@ -98,12 +113,26 @@ def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, ke
                 f"the nearest is {valid[0]}x{valid[1]}"
             )
         return height, width
-    if re.fullmatch(r"[1-9]\d*", text):
+    if re.fullmatch(r"[1-9]\d{0,4}", text):
         wide, high = (int(part) for part in aspect_ratio.split(":"))
         scale = int(text) / math.sqrt(wide * high)
         height, width = (max(multiple, round(scale * edge / multiple) * multiple) for edge in (high, wide))
         return height, width
-    raise ValueError(f"{key}: {text!r} is neither WIDTHxHEIGHT (such as 832x480) nor a number of pixels (480)")
+    raise ValueError(f"{key}: {_short(text)} is neither WIDTHxHEIGHT (such as 832x480) nor a number of pixels (480)")
+
+
+def _file_name(value: str) -> str:
+    """A path that the file system can be asked for."""
+    if any(len(part.encode()) > 255 for part in value.split("/")) or len(value.encode()) > 4000:
+        raise ValueError(f"{_short(value)}: too long for the name of a file or folder")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{_short(value)}: no such user's folder") from None
+    return value
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
 
 
 def _yaml_no(value: Any) -> Any:
@@ -121,10 +150,16 @@ def _split_numbers(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+Timestep = Annotated[float, Field(gt=0, le=1000)]
+Steps = Annotated[list[Timestep], BeforeValidator(_split_numbers, json_schema_input_type=list[Timestep] | str)]
+
+
 class Model(Group):
-    base: str = "wan-tiny"
+    """The models: all roles start from one base."""
+
+    base: PathText = "wan-tiny"
     """Diffusers folder, hub id (org/name), or `wan-tiny`, the built-in miniature."""
-    teacher: str | None = None
+    teacher: PathText | None = None
     """Another teacher than the base (same latents and text encoder). None: the base itself."""
     precision: Precision = "bf16"
     """Of the frozen base. int8: its blocks' linear layers, weight-only, a scale per row; int8-llm: bitsandbytes' LLM.int8, with
@@ -152,9 +187,12 @@ class Model(Group):
 
 
 class Student(Group):
+    """The student, which generates."""
+
     kind: Literal["lora", "full"] = "lora"
     """lora: an adapter on the frozen base. full: a trained copy of the base."""
     rank: Count = 128
+    """Of the adapter's two matrices."""
     alpha: Positive = 128
     """Adapter output is scaled by alpha / rank."""
     targets: Annotated[list[str], Field(min_length=1)] = [
@@ -169,15 +207,22 @@ class Student(Group):
 
 
 class FakeScore(Group):
+    """The fake score, which follows the student's distribution, and its AdamW."""
+
     kind: Literal["lora", "full"] = "lora"
     """As `student.kind`. It starts from the student's base, whoever the teacher is."""
     rank: Count = 128
+    """As `student.rank`."""
     alpha: Positive = 128
+    """As `student.alpha`."""
     lr: Positive = 1e-5
     """Constant: the fake score follows the student and has no schedule."""
     betas: Betas = (0.9, 0.999)
+    """Of AdamW: decay of its averages of the gradient and of the gradient's square."""
     eps: Positive = 1e-8
+    """Of AdamW's divisor."""
     weight_decay: NonNegative = 0.01
+    """Decoupled, as AdamW has it."""
     grad_clip: Positive = 1.0
     """Largest norm of the fake score's gradient."""
     reuse_rollout: bool = False
@@ -186,7 +231,9 @@ class FakeScore(Group):
 
 
 class Dmd(Group):
-    denoising_steps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], BeforeValidator(_split_numbers)] = [
+    """Distribution matching: the student's steps, guidance, and the noise levels of the scores."""
+
+    denoising_steps: Steps = [
         1000,
         757,
         522,
@@ -201,8 +248,9 @@ class Dmd(Group):
     fake_score_guidance_scale: NonNegative = 0.0
     """Guidance of the fake score, same form. 0 or 1: off."""
     min_timestep_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Score timesteps are clamped to at least 1000 times this, after the shift."""
     max_timestep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.98
-    """Score timesteps are clamped to [1000 min, 1000 max], after the shift."""
+    """Score timesteps are clamped to at most 1000 times this, after the shift."""
     timestep_shift: Positive = 1.0
     """Shift of the score timesteps; above 1 towards high noise."""
     ts_schedule: bool = True
@@ -229,6 +277,8 @@ class Dmd(Group):
 
 
 class Rollout(Group):
+    """How the student generates in training: length and temporal blocks."""
+
     causal: bool = False
     """Generate block by block through a KV cache. False: the bidirectional student, one block of all frames."""
     num_training_frames: Count = 21
@@ -251,7 +301,7 @@ class Rollout(Group):
     """Timestep to which finished blocks are noised in the cache; 0: clean (causal students)."""
     local_attention_frames: Count | None = None
     """Latent frames that a block attends to, itself included; None: all before it (causal students)."""
-    sink_frames: Annotated[int, Field(ge=0)] = 0
+    sink_frames: CountOrZero = 0
     """The video's first latent frames, visible to every block outside its window (causal students)."""
     kv_cache: Literal["device", "int8", "host"] = "device"
     """How finished blocks' keys and values are kept (causal students). int8: rounded with a scale per token and head, half
@@ -337,8 +387,9 @@ class Warmup(Group):
     """Updates of the student, each of as many videos as later; then DMD starts at step 0."""
     lr: Positive = 1e-4
     """After a linear rise over lr_warmup_steps; otherwise `optimizer` holds here too."""
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    data: str | None = None
+    lr_warmup_steps: CountOrZero = 0
+    """Updates of linear rise to `lr`."""
+    data: PathText | None = None
     """Folder made by `dmdtrain synthesize` or, for teacher_forcing, of clips as in data.videos. None: teacher_forcing takes
     data.videos; without them fit makes num_samples in output_dir/cache/warmup, and goes on there when it was interrupted."""
     num_samples: Count = 1000
@@ -372,7 +423,9 @@ def _one_set(value: Any) -> Any:
 
 
 class Data(Group):
-    prompts: str = "wan-tiny"
+    """What the student is trained on."""
+
+    prompts: PathText = "wan-tiny"
     """Text file, one prompt a line; `wan-tiny`: the miniature's training captions."""
     negative_prompt: str = ""
     """What the unconditional passes of teacher and fake score are given."""
@@ -414,35 +467,46 @@ class Data(Group):
                 raise ValueError(
                     f"videos.{position}.repeats: {video_set.repeats} has no effect beside weight; valid is one of them"
                 )
-        if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.aspect_ratio):
-            raise ValueError(f"aspect_ratio: {self.aspect_ratio!r}: it must be WIDTH:HEIGHT, such as 16:9")
+        if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", self.aspect_ratio):
+            raise ValueError(f"aspect_ratio: {_short(self.aspect_ratio)}: it must be WIDTH:HEIGHT, such as 16:9")
         parse_resolution(self.resolution, self.aspect_ratio, 1, key="resolution")
         return self
 
 
 class Optimizer(Group):
+    """The student's optimizer; `name` holds for the fake score too."""
+
     name: Literal["adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """adamw: float32 weights. adamw_bf16: bf16 weights with Kahan summation. adamw8bit: bitsandbytes, float32 weights and
     8-bit moments; paged_adamw8bit: the moments move to host memory when the device is full. For both roles."""
     lr: Positive = 2e-5
+    """The student's, before `schedule`."""
     betas: Betas = (0.9, 0.999)
+    """As `fake_score.betas`, of the student."""
     eps: Positive = 1e-8
+    """As `fake_score.eps`, of the student."""
     weight_decay: NonNegative = 0.01
+    """As `fake_score.weight_decay`, of the student."""
     grad_clip: Positive = 1.0
+    """Bound of the student's gradient, in the way of `grad_clip_method`."""
     grad_clip_method: Literal["norm", "value"] = "norm"
     """norm: scale the student's gradient to at most grad_clip; value: clamp every element to +- grad_clip."""
 
 
 class Schedule(Group):
+    """The student's learning rate over its updates."""
+
     name: Literal["constant", "linear", "cosine_with_min_lr"] = "constant"
     """The student's learning rate after warm-up, over its own updates."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountOrZero = 0
     """Student updates of linear warm-up."""
     min_lr: NonNegative = 0.0
     """Where linear and cosine_with_min_lr end."""
 
 
 class Train(Group):
+    """The run: length, batch, precision."""
+
     max_steps: Count = 4000
     """Steps; each updates the fake score, every generator_update_interval-th the student too."""
     batch_size: Count = 1
@@ -461,22 +525,30 @@ class Train(Group):
     """torch.compile of every transformer block: minutes at the start, faster steps."""
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_yaml_no)] = "bf16"
     """Autocast of the transformer passes."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+    """Of adapters, noise, timesteps and the order of prompts."""
     max_bad_steps: Count = 10
     """Consecutive steps with a non-finite loss or gradient (each is skipped and counted) after which the run stops."""
 
 
 class Ema(Group):
+    """The average of the student's weights."""
+
     enabled: bool = True
+    """Keep a moving average of the student's trained weights."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Weight of the old average in the new one, at each update of it."""
     every: Count = 1
     """Student updates between two updates of the average."""
     keep_on: Literal["device", "host"] = "device"
     """Where the average lies; host: updates take longer, the device is free of it."""
     validate_with: Literal["ema", "raw", "both"] = "ema"
+    """Weights that validation renders: the average, the trained ones, or both."""
 
 
 class Checkpoint(Group):
+    """When checkpoints are saved, and how many stay."""
+
     every: Count = 200
     """Steps. The last step is always saved."""
     every_minutes: NonNegative = 0.0
@@ -491,25 +563,28 @@ class Checkpoint(Group):
 
 
 class Validation(Group):
-    every: Annotated[int, Field(ge=0)] = 200
+    """Videos that are rendered during the run, from fixed prompts and seeds."""
+
+    every: CountOrZero = 200
     """Steps; 0: never."""
-    prompts: str | list[str] = "wan-tiny"
+    prompts: PathText | list[str] = "wan-tiny"
     """Text file, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
     count: Count = 8
     """At most so many of them."""
-    num_frames: int = 81
+    num_frames: Annotated[int, Field(le=MOST)] = 81
     """Video frames, 1 + 4k."""
     resolution: int | str = "832x480"
     """As `data.resolution`."""
-    steps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]] | None, BeforeValidator(_split_numbers)] = None
+    steps: Steps | None = None
     """Timesteps of the student in validation. None: dmd.denoising_steps."""
     guidance_scale: NonNegative = 1.0
     """Of the student, standard form; 0 or 1: off, as it was trained."""
     negative_prompt: str = ""
     """For a guidance_scale above 1, and for the teacher that --compare-teacher runs."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Prompt number i starts from seed + i."""
     fps: Count = 16
+    """Frames a second of the videos that are written."""
     tiled_decoding: bool | None = None
     """Decode videos in overlapping tiles of 256 pixels, blended: less memory for large ones, and slightly other pixels. None:
     where a frame has more than 832 x 480 pixels."""
@@ -525,9 +600,12 @@ class Validation(Group):
 
 
 class Log(Group):
+    """Metrics."""
+
     every: Count = 1
     """Steps between two lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
+    """Write TensorBoard's files to output_dir/tensorboard, besides metrics.jsonl."""
 
 
 class Alarms(Group):
@@ -551,6 +629,8 @@ class Alarms(Group):
 
 
 class Config(Group):
+    version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
+    """Of this format. A file without it is of the version that dmdtrain reads."""
     model: Model = Model()
     student: Student = Student()
     fake_score: FakeScore = FakeScore()
@@ -566,7 +646,17 @@ class Config(Group):
     validation: Validation = Validation()
     log: Log = Log()
     alarms: Alarms = Alarms()
-    output_dir: Annotated[str, Field(min_length=1)] = "output/dmdtrain"
+    output_dir: PathText = "output/dmdtrain"
+    """Folder of the run: config.yaml, checkpoints, samples, metrics. It must be new, empty or this run's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_version(cls, values: Any) -> Any:
+        """Before all else: a newer file may hold anything."""
+        version = values.get("version") if isinstance(values, dict) else None
+        if type(version) is int and version > VERSION:
+            raise ValueError(f"version: {version} is newer than this dmdtrain reads; valid is {VERSION}")
+        return values
 
     @model_validator(mode="after")
     def _check(self):
@@ -672,41 +762,48 @@ def nested_get(config: Config, key: str) -> Any:
     return value
 
 
-def _groups() -> dict[str, type[Group]]:
+def groups() -> dict[str, type[Group]]:
+    """The groups of keys, by name."""
     kinds = {name: field.annotation for name, field in Config.model_fields.items()}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Group)}
 
 
-def known_keys() -> list[str]:
-    """Every key, with dots."""
-    keys = []
-    groups = _groups()
+def known_keys(group: str = "") -> list[str]:
+    """Every key, with dots; or those of a group."""
+    keys: list[str] = []
+    kinds = groups()
     for name in Config.model_fields:
-        keys += [f"{name}.{field}" for field in groups[name].model_fields] if name in groups else [name]
-    return keys
+        keys += [f"{name}.{field}" for field in kinds[name].model_fields] if name in kinds else [name]
+    return [key for key in keys if not group or key.startswith(f"{group}.")]
+
+
+def _where(error: Any) -> list[str]:
+    """The parts of the key that a pydantic error is about, without its names of a field's several types."""
+    where = [text if (text := str(part)).isprintable() and len(text) <= 60 else _short(text) for part in error["loc"]]
+    depth = next((n for n in (1, 2) if ".".join(where[:n]) in known_keys()), 0)
+    if not depth:
+        return where
+    in_a_set = where[:2] == ["data", "videos"]
+    return where[:depth] + [part for part in where[depth:] if part.isdigit() or (in_a_set and part.isidentifier())]
 
 
 def _describe(error: Any) -> str:
     """One pydantic error as `key: what it is; what would be valid`."""
-    where = [str(part) for part in error["loc"]]
+    where = _where(error)
     key = ".".join(where)
-    depth = next((n for n in (1, 2) if ".".join(where[:n]) in known_keys()), 0)
-    if depth:  # what follows are list positions and, for fields of several types, pydantic's name of the one it tried
-        kept = [
-            part for part in where[depth:] if part.isdigit() or (key.startswith("data.videos.") and part.isidentifier())
-        ]
-        key = ".".join(where[:depth] + kept)
     value = error.get("input")
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         names = known_keys() if len(where) > 1 else known_keys() + list(Config.model_fields)
-        if len(where) > depth > 1:  # a key of a list's item
+        if where[:2] == ["data", "videos"]:  # a key of a list's item
             names = [".".join([*where[:-1], name]) for name in VideoSet.model_fields]
         near = [k for k in names if k.split(".")[-1] == where[-1]][:1]  # the right name in the wrong group
         near = near or difflib.get_close_matches(key, names, 1, 0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "value_error":
         message = str(context["error"])
+        if key in known_keys():  # of the value itself
+            return f"{key}: {message}"
         return f"{key}.{message}" if key and not message.startswith(f"{key}.") else message
     wanted = {
         "literal_error": f"valid are {str(context.get('expected', '')).replace(chr(39), '')}",
@@ -719,7 +816,7 @@ def _describe(error: Any) -> str:
         "too_short": "it must not be empty",
         "string_too_short": "it must not be empty",
     }.get(kind, error["msg"][0].lower() + error["msg"][1:])
-    return f"{key}: {value!r}: {wanted}"
+    return f"{key}: {_short(value)}: {wanted}"
 
 
 def build(values: dict[str, Any], source: str = "config") -> Config:
@@ -728,44 +825,70 @@ def build(values: dict[str, Any], source: str = "config") -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        others = len({tuple(_where(error)) for error in errors}) - 1
+        more = f" ({others} more)" if others else ""
         raise ConfigError(f"{source}: {_describe(errors[0])}{more}") from None
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies `key=value` overrides (values are YAML, but for output_dir's)."""
+    return build(read(path, overrides)[0], str(path))
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a YAML file and overrides give, unchecked, and where each known key in it is from: `file` or `--set`."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            values = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-01
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: it must hold groups of keys, such as model: and train:")
+    origins = {key: "file" for key in known_keys() if _given(values, key)}
     for override in overrides or []:
         _apply(values, override)
-    return build(values, str(path))
+        changed = override.partition("=")[0].strip()
+        for key in known_keys():
+            if key == changed or key.startswith(f"{changed}."):  # a group is replaced as a whole
+                origins.pop(key, None)
+                origins |= {key: "--set"} if _given(values, key) else {}
+    return values, origins
+
+
+def _given(values: dict[str, Any], key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    inner = values.get(group) if group else values
+    return isinstance(inner, dict) and name in inner
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
+    key = key.strip()
+    shown = _short(override)[1:-1]
     if not sign or not key:
-        raise ConfigError(f"--set {override}: it must be key=value, such as train.max_steps=100")
+        raise ConfigError(f"--set {shown}: it must be key=value, such as train.max_steps=100")
     try:
-        value = text if key == "output_dir" else yaml.safe_load(text)  # a folder may be called 2024
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+        value = text if key == "output_dir" else strict_yaml.parse(text)  # a folder may be called 2024
+    except ValueError as error:
+        reason = "the value is not valid YAML" if str(error).startswith("not valid YAML") else str(error)
+        raise ConfigError(f"--set {shown}: {reason}") from None
+    if value is None and key in groups():
+        raise ConfigError(f"--set {shown}: a group of keys; set one of them, such as {known_keys(key)[0]}=VALUE")
     *parents, last = key.split(".")
+    if len(parents) > 2:
+        raise ConfigError(f"--set {shown}: {key}: unknown key")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a group of keys")
+            raise ConfigError(f"--set {shown}: {parent} is not a group of keys")
     values[last] = value
 
 

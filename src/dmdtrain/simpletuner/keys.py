@@ -1,0 +1,255 @@
+"""The keys of config.json: each is put into one of ours, or said to be of another list."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, read_json
+
+
+def translate_key(made: Translation, key: str, value: Any, source: str) -> None:
+    distillation = key.removeprefix(tables.DISTILLATION) if key.startswith(tables.DISTILLATION) else None
+    if value is None:
+        known = key in tables.known()
+        made.say(SAME if known else REFUSED, source, "not set" if known else _unknown(key))
+    elif not made.causal and distillation in tables.BLOCKS:
+        made.say(NO_MEANING, source, "a bidirectional student makes all frames as one block")
+    elif key in HANDLERS:
+        HANDLERS[key](made, value, source)
+    elif key in tables.COPY:
+        for ours in tables.COPY[key]:
+            made.put(ours, value, source, tables.NOTES.get(ours, ""))
+    elif key in tables.CHOICES:
+        _choose(made, tables.CHOICES[key], value, source)
+    else:
+        _leave(made, key, value, source)
+
+
+def _choose(made: Translation, choice: tables.Choice, value: Any, source: str) -> None:
+    found = choice.values.get(value) if isinstance(value, str) else None
+    if found is None:
+        made.say(REFUSED, source, choice.otherwise)
+        return
+    for ours in choice.ours:
+        made.put(ours, found, source)
+
+
+def _leave(made: Translation, key: str, value: Any, source: str) -> None:
+    """A key that is translated into nothing: says why."""
+    if key in tables.AGREE:
+        agreeing, otherwise = tables.AGREE[key]
+        agrees = any(type(value) is type(ours) and value == ours for ours in agreeing)
+        made.say(SAME if agrees else REFUSED, source, "as it is done here" if agrees else otherwise)
+    elif key in tables.LATER:
+        made.say(NO_MEANING, source, f"not yet: {tables.VIDEOS}")
+    elif _fits(key, tables.SWITCHES):
+        on = value not in (False, 0, "", "none", "None", [], {})
+        made.say(REFUSED if on else NO_MEANING, source, "another way to train than DMD" if on else "off")
+    elif _fits(key, tables.SWITCHED):
+        made.say(NO_MEANING, source, "of another way to train, which another key switches on")
+    else:
+        why = next((why for names, why in tables.NO_MEANING if _fits(key, names)), None)
+        made.say(REFUSED if why is None else NO_MEANING, source, _unknown(key) if why is None else why)
+
+
+def _fits(key: str, names: str) -> bool:
+    return any(fnmatchcase(key, name) for name in names.split())
+
+
+def _unknown(key: str) -> str:
+    scope = [known for known in tables.known() if known.rpartition(".")[0] == key.rpartition(".")[0]]
+    near = difflib.get_close_matches(key, scope, 1, 0.6)
+    return "unknown key" + (
+        f"; did you mean {near[0].rpartition('.')[2]}?" if near else "; remove it if it is not yours"
+    )
+
+
+def _base(made: Translation, value: Any, source: str) -> None:
+    name, comment = str(value), ""
+    if re.fullmatch(r"Wan-AI/Wan2\.1-T2V-(1\.3B|14B)", name):
+        name, comment = f"{name}-Diffusers", f"{name} is not in Diffusers' format"
+    elif (found := made.find(name)) is not None and found != Path(name):
+        name, comment = str(found.resolve()), f"was {name}"
+    made.put("model.base", name, source, comment)
+
+
+def _flavour(made: Translation, value: Any, source: str) -> None:
+    if value in tables.FLAVOURS and "pretrained_model_name_or_path" not in made.given:
+        made.put("model.base", tables.FLAVOURS[value], source)
+    else:
+        _leave(made, "model_flavour", value, source)
+
+
+def _text_encoder(made: Translation, value: Any, source: str) -> None:
+    same = value == made.given.get("pretrained_model_name_or_path") or str(value).startswith("Wan-AI/Wan2.1-")
+    what = "the text encoder is the base folder's" + ("" if same else ": put this one into that folder")
+    made.say(SAME if same else REFUSED, source, what)
+
+
+def _kind(made: Translation, value: Any, source: str) -> None:
+    _choose(made, tables.CHOICES["model_type"], value, source)
+    if value == "full":
+        made.put("fake_score.kind", "full", source)
+
+
+def _lora(made: Translation, value: Any, source: str) -> None:
+    for ours in tables.COPY["lora_rank"]:
+        made.put(ours, value, source, tables.NOTES.get(ours, ""))
+    if made.given.get("lora_alpha") is None:
+        for ours in tables.COPY["lora_alpha"]:
+            made.put(ours, value, source, "alpha is the rank where it is not set")
+
+
+def _targets(made: Translation, value: Any, source: str) -> None:
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    made.put("student.targets", names, source)
+
+
+def _betas(made: Translation, value: Any, source: str) -> None:
+    made.put("optimizer.betas", [made.given.get("adam_beta1", 0.9), made.given.get("adam_beta2", 0.999)], source)
+
+
+def _warmup_steps(made: Translation, value: Any, source: str) -> None:
+    if made.given.get("lr_scheduler") == "constant":
+        made.say(NO_MEANING, source, "lr_scheduler: constant has no warm-up; constant_with_warmup has")
+        return
+    every = made.given.get("distillation_config.generator_update_interval")
+    note = "of the student's updates" if isinstance(every, int) and every > 1 else ""
+    made.put("schedule.warmup_steps", value, source, note)
+
+
+def _use_ema(made: Translation, value: Any, source: str) -> None:
+    made.put("ema.enabled", value, source)
+    if value is False:
+        made.put("ema.validate_with", "raw", source)
+
+
+def _ema_setting(key: str) -> Callable[[Translation, Any, str], None]:
+    def handle(made: Translation, value: Any, source: str) -> None:
+        if made.given.get("use_ema", False) is not True:
+            made.say(NO_MEANING, source, "use_ema is off")
+        elif key in tables.CHOICES:
+            _choose(made, tables.CHOICES[key], value, source)
+        else:
+            made.put(tables.COPY[key][0], value, source)
+
+    return handle
+
+
+def _report(made: Translation, value: Any, source: str) -> None:
+    if value in ("tensorboard", "none"):
+        made.put("log.tensorboard", value == "tensorboard", source)
+    else:
+        made.say(NO_MEANING, source, "metrics go to OUTPUT_DIR/metrics.jsonl and TensorBoard")
+
+
+def _resume(made: Translation, value: Any, source: str) -> None:
+    if value in ("latest", False, ""):
+        made.say(SAME, source, "fit goes on from the run's newest checkpoint; --resume never refuses to")
+    else:
+        made.say(REFUSED, source, "a checkpoint of SimpleTuner can not be gone on from: start anew")
+
+
+def _epochs(made: Translation, value: Any, source: str) -> None:
+    if made.given.get("max_train_steps"):
+        made.say(NO_MEANING, source, "train.max_steps decides")
+    else:
+        made.say(REFUSED, source, "the length is counted in steps: set train.max_steps")
+
+
+def _max_steps(made: Translation, value: Any, source: str) -> None:
+    if value:
+        made.put("train.max_steps", value, source)
+    else:
+        made.say(REFUSED, source, "set train.max_steps, the number of steps")
+
+
+def _no_validation(made: Translation, value: Any, source: str) -> None:
+    if value:
+        made.values.pop("validation.every", None)
+        made.put("validation.every", 0, source)
+    else:
+        made.say(SAME, source, "validation.every says when")
+
+
+def _validation_steps(made: Translation, value: Any, source: str) -> None:
+    steps = made.given.get("distillation_config.dmd_denoising_steps", "1000,757,522")
+    count = len(steps.split(",")) if isinstance(steps, str) else len(steps) if isinstance(steps, list) else 0
+    if str(value) == str(count):
+        made.say(SAME, source, "validation runs the student's denoising steps")
+    else:
+        made.say(
+            REFUSED, source, f"the student runs its own {count} steps: set validation.steps to a list of timesteps"
+        )
+
+
+def _validation_prompt(made: Translation, value: Any, source: str) -> None:
+    made.put("validation.prompts", [str(value), *made.values.get("validation.prompts", [])], source)
+
+
+def _validation_resolution(made: Translation, value: Any, source: str) -> None:
+    first, *more = str(value).split(",")
+    made.put("validation.resolution", first.strip(), source, f"the first of {value}" if more else "")
+
+
+def _prompt_library(made: Translation, value: Any, source: str) -> None:
+    if value is False:
+        made.say(SAME, source, "no library of prompts")
+    elif value is True:
+        made.say(NO_MEANING, source, "there is no built-in library of prompts: list them in validation.prompts")
+    elif (file := made.find(str(value))) is None:
+        made.say(REFUSED, source, "no such file: put its prompts into validation.prompts")
+    else:
+        library = read_json(file)
+        prompts = list(library.values()) if isinstance(library, dict) else library
+        prompts = [p.get("prompt") if isinstance(p, dict) else p for p in prompts] if isinstance(prompts, list) else []
+        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            made.say(REFUSED, source, f"{file} is no object of names and prompts: put them into validation.prompts")
+            return
+        made.put("validation.prompts", [*made.values.get("validation.prompts", []), *prompts], source)
+
+
+def _agreed(made: Translation, value: Any, source: str) -> None:
+    made.say(SAME, source, "what dmdtrain does")
+
+
+def _elsewhere(made: Translation, value: Any, source: str) -> None:
+    """Read with the datasets."""
+
+
+HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
+    "model_family": _agreed,
+    "distillation_method": _agreed,
+    "pretrained_model_name_or_path": _base,
+    "model_flavour": _flavour,
+    "pretrained_t5_model_name_or_path": _text_encoder,
+    "model_type": _kind,
+    "lora_rank": _lora,
+    "peft_lora_target_modules": _targets,
+    "adam_beta1": _betas,
+    "adam_beta2": _betas,
+    "lr_warmup_steps": _warmup_steps,
+    "use_ema": _use_ema,
+    "ema_decay": _ema_setting("ema_decay"),
+    "ema_update_interval": _ema_setting("ema_update_interval"),
+    "ema_validation": _ema_setting("ema_validation"),
+    "report_to": _report,
+    "resume_from_checkpoint": _resume,
+    "num_train_epochs": _epochs,
+    "max_train_steps": _max_steps,
+    "validation_disable": _no_validation,
+    "validation_num_inference_steps": _validation_steps,
+    "validation_prompt": _validation_prompt,
+    "validation_prompt_library": _prompt_library,
+    "user_prompt_library": _prompt_library,
+    "validation_resolution": _validation_resolution,
+    "resolution": _elsewhere,
+    "resolution_type": _elsewhere,
+    "data_backend_config": _elsewhere,
+}

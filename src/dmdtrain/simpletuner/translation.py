@@ -1,0 +1,128 @@
+"""Their configuration as it is read, and what has been made of it so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dmdtrain.config import ConfigError
+from dmdtrain.simpletuner import tables
+
+TRANSLATED, SAME, NO_MEANING, REFUSED = "translated", "same by default", "has no meaning here", "refused"
+LISTS = (TRANSLATED, SAME, NO_MEANING, REFUSED)
+MAX_JSON_BYTES = 4 * 1024 * 1024
+
+
+@dataclass
+class Translation:
+    """What has been made of a configuration so far."""
+
+    file: Path
+    given: dict[str, Any]  # theirs, flat: distillation_config.KEY
+    causal: bool
+    values: dict[str, Any] = field(default_factory=dict)  # ours, flat: group.key
+    sources: dict[str, list[str]] = field(default_factory=dict)  # ours -> what it was, `key = value`
+    comments: dict[str, str] = field(default_factory=dict)  # ours -> why it is not simply what it was
+    rows: list[tuple[str, str, str]] = field(default_factory=list)  # list, what it was, what is said of it
+    captions: list[str] = field(default_factory=list)
+    to_do: list[str] = field(default_factory=list)
+
+    def put(self, ours: str, value: Any, source: str, comment: str = "") -> None:
+        self.values[ours] = value
+        self.sources.setdefault(ours, []).append(source)
+        if comment:
+            self.comments[ours] = comment
+
+    def add(self, ours: str, value: Any, comment: str) -> None:
+        """A value that stands for no key of theirs."""
+        self.values[ours], self.comments[ours] = value, comment
+
+    def say(self, which: str, source: str, text: str) -> None:
+        self.rows.append((which, source, text))
+
+    def find(self, name: str) -> Path | None:
+        """A file or folder that their configuration names: from the working directory, or from where that file lies."""
+        above = [parent / name for parent in self.file.resolve().parents]
+        places = (Path(name), *above, self.file.parent / Path(name).name) if name else ()
+        try:
+            return next((place for place in places if place.exists()), None)
+        except OSError:  # no name of a file
+            return None
+
+
+def read_json(file: Path) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{file}: {twice!r} stands twice")
+        return dict(pairs)
+
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ConfigError(f"{file}: too large for a configuration")
+        return json.loads(text, object_pairs_hook=once)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+
+
+def flatten(raw: Any) -> dict[str, Any]:
+    """Keys without dashes and by their newest name, those of the distillation with its prefix."""
+    if not isinstance(raw, dict):
+        raise ConfigError("a configuration of SimpleTuner is a JSON object of settings")
+    flat: dict[str, Any] = {}
+    for name, value in raw.items():
+        key = name.lstrip("-").replace("-", "_")
+        key = tables.ALIASES.get(key, key)
+        inner = _distillation(value) if key == "distillation_config" else {key: _plain(value)}
+        for part, what in inner.items():
+            if part in flat:
+                raise ConfigError(f"{part}: it stands twice, as {name} and under another name")
+            flat[part] = what
+    return flat
+
+
+def _distillation(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value.strip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConfigError(f"distillation_config: not valid JSON: {error}") from None
+    if isinstance(value, dict) and set(value) == {"dmd"}:
+        value = value["dmd"]
+    if not isinstance(value, dict):
+        raise ConfigError(f"distillation_config: {shown(value)}: it must be an object of settings")
+    return {tables.DISTILLATION + key: _plain(part) for key, part in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Their command line writes true and false as text."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def source_of(key: str, value: Any) -> str:
+    return f"{key if key.isprintable() else json.dumps(key)} = {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    text = text if text.isprintable() else json.dumps(value)
+    return text if len(text) <= 70 else f"{text[:45]} ... {text[-20:]}"
+
+
+def check_run(file: Path, given: dict[str, Any]) -> None:
+    """Refuses what is no DMD run of Wan 2.1 text-to-video."""
+    for key, wanted in (("model_family", "wan"), ("distillation_method", "dmd")):
+        found = given.get(key)
+        if found != wanted:
+            raise ConfigError(f"{file}: {key}: {shown(found)}: dmdtrain only does {wanted}")
+    if "pretrained_model_name_or_path" not in given and given.get("model_flavour") not in tables.FLAVOURS:
+        raise ConfigError(f"{file}: pretrained_model_name_or_path: it must name the model")

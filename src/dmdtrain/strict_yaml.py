@@ -1,0 +1,145 @@
+"""YAML as a configuration needs it: plain values, every key once, nothing that grows when it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 256 * 1024
+MAX_VALUES = 20_000  # with every alias written out
+MAX_DEPTH = 16
+MAX_DIGITS = 100
+TAG = "tag:yaml.org,2002:"
+SCALARS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "merge")}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without tags, dates and deep nesting."""
+
+    # A bare 2026-01-31 is text, as an output_dir may be called.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: bytes | str):
+        super().__init__(text)
+        self.depth = 0
+
+    def get_event(self):
+        event = super().get_event()
+        if getattr(event, "tag", None) is not None:
+            raise _mistake(f"the tag {event.tag!r} is not for configurations", event)
+        if isinstance(event, yaml.CollectionStartEvent):
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise _mistake(f"nested more than {MAX_DEPTH} deep", event)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self.depth -= 1
+        return event
+
+
+def _mistake(what: str, place: yaml.Event | yaml.Node) -> ValueError:
+    assert place.start_mark is not None
+    return ValueError(f"{what} (line {place.start_mark.line + 1})")
+
+
+def parse(text: bytes | str) -> Any:
+    """The value of one YAML document; bytes are UTF-8, or UTF-16 with its mark. No two parts of it are the same object.
+
+    Raises:
+        ValueError: with what is wrong and its line. It is too large or too deep, a key stands twice, aliases blow it up,
+            or it holds tags, unprintable characters or absurd numbers.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES // 1024} KiB; prompts go in a text file of their own")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _Check().walk(node, 1)
+        return _copy(_construct(loader, node))
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"cannot be read: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {_one_line(error)}") from None
+
+
+def _construct(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except ValueError as error:  # such as 0x_, which the resolver takes for a number
+        raise ValueError(f"not valid YAML: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace(' in "<unicode string>"', "").replace(' in "<byte string>"', "").split())
+
+
+class _Check:
+    """Counts the values of a document with every alias written out, and looks at each."""
+
+    def __init__(self) -> None:
+        self.values = 0
+
+    def walk(self, node: yaml.Node, depth: int) -> None:
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES:,} values, with every alias written out")
+        if depth > MAX_DEPTH:  # through an alias, perhaps to itself
+            raise _mistake(f"nested more than {MAX_DEPTH} deep", node)
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node)
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                self.walk(item, depth + 1)
+        elif isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            for key, value in node.value:
+                self.walk(key, depth + 1)
+                self.walk(value, depth + 1)
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    if node.tag not in SCALARS:  # a bare `=` is YAML 1.1's "value"
+        raise _mistake(f"{node.value!r} must be in quotes", node)
+    if node.tag in (f"{TAG}int", f"{TAG}float") and len(node.value) > MAX_DIGITS:
+        raise _mistake(f"a number of {len(node.value)} characters", node)
+    if "\0" in node.value or (not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value)):
+        raise _mistake("a character that is no text", node)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _mistake("a key must be text", key)
+        assert key.start_mark is not None
+        if key.tag not in (f"{TAG}str", f"{TAG}merge"):
+            raise _mistake(f"{key.value}: a key must be text", key)
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            raise ValueError(f"{key.value!r} stands twice, in lines {seen[key.value]} and {line}")
+        seen[key.value] = line
+
+
+def _copy(value: Any) -> Any:
+    """Without shared parts, so that a change to one group is not a change to its alias."""
+    if isinstance(value, dict):
+        return {key: _copy(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_copy(part) for part in value]
+    return value
+
+
+def inline(value: Any) -> str:
+    """A plain value as YAML on one line."""
+    width = float("inf")
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=width)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    if text.isprintable():
+        return text
+    # Text with line breaks and the like, in double quotes with escapes.
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=width).removesuffix("\n")

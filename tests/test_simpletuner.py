@@ -1,0 +1,426 @@
+"""SimpleTuner's configuration, translated: every key ends in a list, and the result trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import done, refused, run_cli
+
+from dmdtrain.config import load
+from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner.translation import LISTS
+
+# SimpleTuner's quickstart for DMD, as published.
+QUICKSTART = json.loads((Path(__file__).parent / "simpletuner_quickstart.json").read_text(encoding="utf-8"))
+DATASET = {
+    "dataset_type": "video",
+    "cache_dir": "cache/wan-dmd",
+    "resolution_type": "pixel_area",
+    "crop": False,
+    "num_frames": 121,
+    "frame_interval": 1,
+    "resolution": 480,
+    "minimum_image_size": 0,
+    "repeats": 0,
+}
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """Writes their files as the quickstart lays them out, and imports them from there."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "config" / "wan"
+    folder.mkdir(parents=True)
+    (folder / "validation_prompts_dmd.json").write_text(json.dumps({"fox": "a fox", "owl": "an owl"}))
+
+    class Theirs:
+        def write(self, changes: dict | None = None, dataset: object = DATASET) -> None:
+            values = {key: value for key, value in (QUICKSTART | (changes or {})).items() if value is not ...}
+            (tmp_path / "config" / "config.json").write_text(json.dumps(values))
+            (folder / "multidatabackend.json").write_text(json.dumps(dataset))
+
+        def lists(self, *args: str, code: int = 0) -> dict[str, list[str]]:
+            """What import-config printed, by list."""
+            (tmp_path / "run.yaml").unlink(missing_ok=True)
+            (tmp_path / "run.prompts.txt").unlink(missing_ok=True)
+            result = run_cli("import-config", "config/config.json", *args)
+            assert result.exit_code == code, (result.output, result.exception)
+            found, current = {}, None
+            for line in result.stdout.splitlines():
+                name = line.rpartition(" (")[0]
+                if name in LISTS:
+                    current = found.setdefault(name, [])
+                    count = int(line.rpartition("(")[2].rstrip(")"))
+                elif line.startswith("  "):
+                    current.append(line.strip())
+                    assert len(current) <= count
+            assert tuple(found) == LISTS
+            return found
+
+        def imported(self, changes: dict | None = None, *args: str, dataset: object = DATASET, code: int = 0):
+            self.write(changes, dataset)
+            return self.lists(*args, code=code), load(tmp_path / "run.yaml")
+
+    return Theirs()
+
+
+def keys(values: dict) -> list[str]:
+    """Every key, those of groups with dots."""
+    return [
+        inner
+        for key, value in values.items()
+        for inner in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])
+    ]
+
+
+def distil(**changes) -> dict:
+    return {"distillation_config": QUICKSTART["distillation_config"] | changes}
+
+
+def test_the_quickstart_is_the_shipped_configuration(theirs):
+    lists, config = theirs.imported()
+    shipped = load(Path(__file__).parents[1] / "configs" / "wan_3step.yaml")
+    assert lists["refused"] == []
+    assert (
+        config.model_copy(
+            update={
+                "warmup": shipped.warmup,  # theirs has none
+                "ema": shipped.ema,  # theirs does not set the decay
+                "validation": shipped.validation,  # with the library's prompts
+            }
+        )
+        == shipped
+    )
+    assert config.warmup.kind == "ode_regression" and config.ema == shipped.ema.model_copy(update={"decay": 0.995})
+    prompts = config.validation.prompts
+    assert prompts == [QUICKSTART["validation_prompt"], "a fox", "an owl"]
+    assert config.validation.model_copy(update={"prompts": shipped.validation.prompts}) == shipped.validation
+
+
+def test_every_key_ends_in_exactly_one_list(theirs):
+    lists, _ = theirs.imported()
+    told = [row.partition(" = ")[0] for rows in lists.values() for row in rows if "(their default)" not in row]
+    wanted = keys(QUICKSTART) + [f"dataset 0.{key}" for key in DATASET if key != "resolution_type"]
+    wanted.remove("resolution_type")  # told with the resolution
+    assert sorted(told) == sorted(wanted)
+
+
+def test_what_is_written_is_short_and_says_why(theirs, tmp_path):
+    theirs.imported()
+    text = (tmp_path / "run.yaml").read_text()
+    assert len(text.splitlines()) < 50 and "generator_update_interval" not in text
+    assert "# not 121: 121 frames are 31 latent frames" in text and "117 and 129" in text
+    assert "independent_first_frame" in text
+    assert "num_frames: 117" in text
+
+
+def test_the_result_trains(theirs, tmp_path):
+    theirs.imported({"max_train_steps": 2, "validation_step_interval": 2})
+    refused(
+        "fit", "run.yaml", "--dry-run", "--set", "model.base=wan-tiny", says="data.prompts: prompts.txt: no such file"
+    )
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
+    sizes = [
+        "model.base=wan-tiny",
+        "model.precision=fp32",
+        "model.text_encoder_precision=fp32",
+        "student.rank=4",
+        "fake_score.rank=4",
+        "rollout.num_training_frames=6",
+        "warmup.steps=1",
+        "warmup.num_samples=1",
+        "warmup.teacher_steps=3",
+        "data.resolution=32x32",
+        "data.max_sequence_length=16",
+        "validation.resolution=32x32",
+        "validation.num_frames=21",
+        "validation.count=1",
+        "schedule.warmup_steps=1",
+    ]
+    sets = [part for size in sizes for part in ("--set", size)]
+    assert "in order" in done("fit", "run.yaml", "--dry-run", *sets)
+    done("fit", "run.yaml", *sets)
+    rows = [json.loads(line) for line in (tmp_path / "output/wan-dmd/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_a_bidirectional_student_has_no_blocks(theirs):
+    lists, config = theirs.imported(None, "--bidirectional")
+    assert not config.rollout.causal and config.warmup.kind == "none"
+    assert config.validation.num_frames == 121  # 1 + 4 x 30: no blocks to make up
+    told = {row.partition(" = ")[0] for row in lists["has no meaning here"]}
+    assert {f"distillation_config.{key}" for key in tables.BLOCKS} <= told
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours", "value"),
+    [
+        ({"base_model_precision": "no_change"}, "model.precision", "bf16"),
+        ({"base_model_precision": "nf4-bnb"}, "model.precision", "nf4"),
+        ({"quantize_via": "accelerator"}, "model.quantize_via", "device"),
+        ({"attention_mechanism": "flash-attn-3"}, "model.attention", "_flash_3"),
+        ({"optimizer": "bnb-adamw8bit"}, "optimizer.name", "adamw8bit"),
+        ({"lr_scheduler": "constant"}, "schedule.warmup_steps", 0),
+        ({"lr_scheduler": "constant_with_warmup"}, "schedule.warmup_steps", 100),
+        ({"lr_end": 1e-7}, "schedule.min_lr", 1e-7),
+        ({"ema_validation": "comparison"}, "ema.validate_with", "both"),
+        ({"use_ema": False}, "ema.validate_with", "raw"),
+        ({"use_ema": "false"}, "ema.enabled", False),
+        ({"use_ema": ...}, "ema.enabled", False),
+        ({"learning_rate": ...}, "optimizer.lr", 4e-7),
+        ({"learning_rate": "1e-6"}, "optimizer.lr", 1e-6),
+        ({"train_batch_size": ...}, "train.batch_size", 4),
+        ({"lora_rank": 64, "lora_alpha": None}, "student.alpha", 64),
+        ({"lora_rank": 64}, "fake_score.rank", 64),
+        ({"adam_beta1": 0.0}, "optimizer.betas", (0.0, 0.999)),
+        ({"optimizer_beta2": 0.99}, "optimizer.betas", (0.9, 0.99)),
+        ({"report_to": "none"}, "log.tensorboard", False),
+        ({"report_to": "tensorboard"}, "log.tensorboard", True),
+        ({"validation_disable": True}, "validation.every", 0),
+        ({"checkpoint_step_interval": ..., "checkpointing_steps": 7}, "checkpoint.every", 7),
+        ({"output_dir": ..., "--output_dir": "here"}, "output_dir", "here"),
+        ({"pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-14B"}, "model.base", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        (
+            {"pretrained_model_name_or_path": ..., "model_flavour": "t2v-480p-14b-2.1"},
+            "model.base",
+            "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        ),
+        ({"peft_lora_target_modules": "to_q, to_v"}, "student.targets", ["to_q", "to_v"]),
+        ({"validation_prompt_library": False}, "validation.prompts", [QUICKSTART["validation_prompt"]]),
+        ({"validation_resolution": "832x480,1280x720"}, "validation.resolution", "832x480"),
+        (distil(num_training_frames=28), "rollout.num_training_frames", 27),
+        (distil(num_training_frames=28, independent_first_frame=True), "rollout.num_training_frames", 28),
+        (distil(independent_first_frame=True, num_training_frames=22), "validation.num_frames", 121),
+        ({"validation_num_video_frames": 120}, "validation.num_frames", 117),
+        (distil(dmd_denoising_steps="1000,666,333"), "dmd.denoising_steps", [1000, 666, 333]),
+        (distil(generator_update_interval=4), "dmd.generator_update_interval", 4),
+        ({"distillation_config": {"dmd": {"timestep_shift": 7.0}}}, "dmd.timestep_shift", 7.0),
+        ({"distillation_config": '{"timestep_shift": 7.0}'}, "dmd.timestep_shift", 7.0),
+    ],
+    ids=lambda value: json.dumps(value, default=lambda _: "unset")[:60] if isinstance(value, dict) else None,
+)
+def test_values(theirs, changes, ours, value):
+    lists, config = theirs.imported(changes)
+    assert lists["refused"] == []
+    found = config
+    for part in ours.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rat": 1}, "learning_rat = 1: unknown key; did you mean learning_rate?"),
+        ({"zzz": [1]}, "zzz = [1]: unknown key; remove it if it is not yours"),
+        (distil(fake_score_lrr=1), "distillation_config.fake_score_lrr = 1: unknown key; did you mean fake_score_lr?"),
+        (distil(adversarial_weight=0.1), "adversarial_weight = 0.1: there is no adversarial loss here"),
+        (distil(shift=7.0), "shift = 7.0: set dmd.timestep_shift"),
+        ({"base_model_precision": "fp8-torchao"}, 'base_model_precision = "fp8-torchao": valid here are bf16'),
+        ({"optimizer": "prodigy"}, 'optimizer = "prodigy": valid here are adamw'),
+        ({"lora_type": "lycoris"}, "lora_type"),
+        ({"lora_dropout": 0.1}, "lora_dropout = 0.1: adapters have no dropout"),
+        ({"crepa_enabled": True}, "crepa_enabled = true: another way to train than DMD"),
+        ({"max_train_steps": 0}, "max_train_steps = 0: set train.max_steps"),
+        ({"learning_rate": -1}, "learning_rate = -1: optimizer.lr: -1: it must be above 0"),
+        ({"learning_rate": [1]}, "learning_rate = [1]: optimizer.lr: [1]: input should be a valid number"),
+        ({"train_batch_size": True}, "train_batch_size = true: train.batch_size: true: it must not be true or false"),
+        (distil(num_frame_per_block="x"), "num_frame_per_block = \"x\": rollout.num_frame_per_block: 'x'"),
+        (distil(min_timestep_ratio=0.99), "min_timestep_ratio = 0.99: dmd.min_timestep_ratio: 0.99 must be below"),
+        ({"validation_num_inference_steps": 4}, "the student runs its own 3 steps: set validation.steps"),
+        ({"validation_prompt_library": "none.json"}, 'validation_prompt_library = "none.json": no such file'),
+        ({"resume_from_checkpoint": "checkpoint-200"}, "a checkpoint of SimpleTuner can not be gone on from"),
+        ({"pretrained_t5_model_name_or_path": "other/t5"}, "put this one into that folder"),
+        ({"data_backend_config": "none.json"}, 'data_backend_config = "none.json": no such file: name it with --data'),
+        ({"model_type": "full"}, "student.kind: full can not be trained on model.precision int8"),
+        ({"validation_num_video_frames": -3}, "validation_num_video_frames = -3: validation.num_frames: -3 frames"),
+    ],
+    ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else None,
+)
+def test_what_is_refused_is_told_and_left_out(theirs, tmp_path, changes, says):
+    lists, _ = theirs.imported(changes, code=1)
+    assert any(says in row for row in lists["refused"]), lists["refused"]
+    assert "# Left out: " in (tmp_path / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_family": "flux"}, 'model_family: "flux": dmdtrain only does wan'),
+        ({"distillation_method": "dcm"}, 'distillation_method: "dcm": dmdtrain only does dmd'),
+        ({"distillation_method": ...}, "distillation_method: null: dmdtrain only does dmd"),
+        ({"pretrained_model_name_or_path": ...}, "pretrained_model_name_or_path: it must name the model"),
+        ({"distillation_config": "x.json"}, "distillation_config"),
+        ({"--seed": 5}, "seed: it stands twice, as --seed and under another name"),
+        ({"validation_prompt": "a\0b"}, "a character that is no text"),
+    ],
+)
+def test_other_runs_are_not_imported(theirs, tmp_path, changes, says):
+    theirs.write(changes)
+    refused("import-config", "config/config.json", says=says)
+    assert not (tmp_path / "run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "a JSON object of settings"),
+        ('{"seed": 1, "seed": 2}', "'seed' stands twice"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\xff", "not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_files_that_are_no_configuration(tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_bytes(text.encode("latin-1"))
+    refused("import-config", "config.json", says=["config.json" if says != "a JSON object of settings" else "", says])
+    refused("import-config", "none.json", says="none.json: no such file")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_nothing_is_overwritten(theirs, tmp_path):
+    theirs.write()
+    (tmp_path / "run.yaml").write_text("mine")
+    refused("import-config", "config/config.json", says="--out: run.yaml exists; choose another name")
+    assert (tmp_path / "run.yaml").read_text() == "mine"
+    (tmp_path / "b.prompts.txt").write_text("mine")
+    refused("import-config", "config/config.json", "-o", "b.yaml", says="b.prompts.txt exists")
+    refused("import-config", "config/config.json", "-o", "b.json", says="it must end in .yaml")
+    refused("import-config", "config/config.json", "-o", "none/b.yaml", says="none: no such folder")
+
+
+BACKENDS = [
+    DATASET | {"id": "clips", "type": "local", "instance_data_dir": "clips", "caption_strategy": "textfile"},
+    {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
+]
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    folder = tmp_path / "clips"
+    (folder / "more").mkdir(parents=True)
+    for name, caption in {"a_red__cat": "a red cat\n\na cat\n", "more/dog": "  a   dog \n", "no_caption": None}.items():
+        (folder / f"{name}.mp4").write_bytes(b"")
+        if caption:
+            (folder / f"{name}.txt").write_text(caption)
+    (folder / "notes.txt").write_text("not of a video")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ["a red cat", "a cat", "a dog"]),
+        ({"disable_multiline_split": True}, ["a red cat a cat", "a dog"]),
+        ({"caption_strategy": "filename"}, ["a red cat", "dog", "no caption"]),
+        ({"caption_strategy": "instanceprompt", "instance_prompt": "a wug"}, ["a wug"]),
+    ],
+)
+def test_captions_become_prompts(theirs, clips, tmp_path, changes, wanted):
+    lists, config = theirs.imported(dataset=[BACKENDS[0] | changes, BACKENDS[1]])
+    assert lists["refused"] == []
+    assert config.data.prompts == "run.prompts.txt"
+    assert (tmp_path / "run.prompts.txt").read_text().splitlines() == wanted
+    assert any(
+        row.startswith('dataset clips.instance_data_dir = "clips" -> data.prompts') for row in lists["translated"]
+    )
+    assert any(row.startswith("dataset text (text_embeds)") for row in lists["has no meaning here"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"instance_data_dir": "none"}, 'dataset clips.instance_data_dir = "none": no such folder'),
+        ({"instance_data_dir": ""}, "no such folder"),
+        ({"caption_strategy": "parquet"}, "caption_strategy parquet: write the captions to a prompts file"),
+        ({"instance_data_dir": "config"}, "no captions in config (0 videos, caption_strategy textfile)"),
+        ({"type": "huggingface"}, 'dataset clips.type = "huggingface": videos are read from a local folder'),
+        ({"dataset_type": "image"}, "dataset clips (image): only datasets of videos"),
+        ({"reslution": 5}, "dataset clips.reslution = 5: unknown key; did you mean resolution?"),
+        ({"video": {"num_frame": 5}}, "dataset clips.video.num_frame = 5: unknown key; did you mean num_frames?"),
+        ({"video": {"is_i2v": True}}, "dataset clips.video.is_i2v = true: only text-to-video"),
+        ({"resolution": "big"}, 'dataset clips.resolution = "big" (pixel_area): set data.resolution'),
+    ],
+)
+def test_datasets_that_can_not_be_taken(theirs, clips, changes, says):
+    lists, _ = theirs.imported(dataset=[BACKENDS[0] | changes], code=1)
+    assert any(says in row for row in lists["refused"]), lists["refused"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"resolution": 512}, 512),
+        ({"resolution": 480, "resolution_type": "pixel"}, "848x480"),
+        ({"resolution": 0.23, "resolution_type": "area"}, 480),
+    ],
+)
+def test_the_dataset_says_the_resolution(theirs, clips, changes, wanted):
+    _, config = theirs.imported(dataset=[BACKENDS[0] | changes])
+    assert config.data.resolution == wanted
+
+
+def test_a_disabled_dataset_is_left(theirs, clips, tmp_path):
+    lists, config = theirs.imported(dataset=[BACKENDS[0] | {"disabled": True}])
+    assert "dataset clips: disabled" in lists["has no meaning here"]
+    assert config.data.prompts == "prompts.txt" and not (tmp_path / "run.prompts.txt").exists()
+
+
+def test_datasets_that_are_named_or_lie_elsewhere(theirs, clips, tmp_path, monkeypatch):
+    theirs.write({"data_backend_config": "multidatabackend.json"}, BACKENDS)
+    assert theirs.lists("--data", "config/wan/multidatabackend.json")["refused"] == []
+    (tmp_path / "config/wan/multidatabackend.json").rename(tmp_path / "config/multidatabackend.json")
+    assert theirs.lists()["refused"] == []  # beside config.json
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    result = run_cli("import-config", "../config/config.json", "-o", "mine.yaml")
+    assert result.exit_code == 0, result.output
+    assert (elsewhere / "mine.prompts.txt").read_text().startswith("a red cat\n")
+    assert load("mine.yaml").data.prompts == "mine.prompts.txt"
+
+
+def test_a_model_folder_beside_their_files_is_found_from_anywhere(theirs, wan_folder, tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(wan_folder.parent)
+    theirs.write({"pretrained_model_name_or_path": "models/wan-random", "pretrained_t5_model_name_or_path": ...})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert run_cli("import-config", "../config/config.json").exit_code == 0
+    assert load("run.yaml").model.base == str(wan_folder.resolve())
+
+
+def test_text_of_theirs_can_not_leave_a_comment(theirs, tmp_path):
+    odd = {"evil\nmodel: {base: x}": "\u2028train: 5", "\x85key": "\ud800"}
+    lists, config = theirs.imported(odd, code=1)
+    assert len(lists["refused"]) == 2 and config.model.base == QUICKSTART["pretrained_model_name_or_path"]
+
+
+def test_guidance_of_a_student_is_told(theirs, tmp_path):
+    theirs.imported({"validation_guidance": 5.0})
+    line = next(line for line in (tmp_path / "run.yaml").read_text().splitlines() if "guidance_scale" in line)
+    assert line == "  guidance_scale: 5 # the student is trained to be sampled without guidance: 1"
+
+
+def test_the_tables_hold_together():
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    from dmdtrain.config import Config, groups, known_keys
+
+    assert {ours for keys_ in tables.COPY.values() for ours in keys_} <= set(known_keys())
+    for theirs, choice in tables.CHOICES.items():
+        for ours in choice.ours:
+            group, name = ours.split(".")
+            for value in choice.values.values():
+                options = groups()[group].model_fields[name].annotation
+                assert name == "attention" or value in str(options), (theirs, value)
+    backends = {backend.value for backend in AttentionBackendName}
+    assert set(tables.CHOICES["attention_mechanism"].values.values()) <= backends
+    overlap = (set(tables.COPY) | set(tables.CHOICES)) & (set(tables.AGREE) | tables.LATER)
+    assert not overlap
+    assert set(tables.THEIR_DEFAULTS) <= set(tables.known()) and Config().rollout.causal is False
