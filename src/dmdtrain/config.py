@@ -331,7 +331,15 @@ class Warmup(Group):
 
 class Data(Group):
     prompts: str = "wan-tiny"
-    """Text file, one prompt a line; `wan-tiny`: the miniature's training captions."""
+    """.txt (one a line), .jsonl, .json, .csv, .tsv or .parquet; `wan-tiny`: the miniature's training captions. Blank lines and
+    duplicates are left out."""
+    prompt_column: str | None = None
+    """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one, or the one called
+    prompt, caption or text."""
+    cache_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of text embeddings, which runs may share. None: output_dir/cache."""
+    cache_compress: bool = False
+    """Store text embeddings as zlib (level 1, lossless) of their byte planes."""
     negative_prompt: str = ""
     """What the unconditional passes of teacher and fake score are given."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -406,7 +414,7 @@ class Validation(Group):
     every: Annotated[int, Field(ge=0)] = 200
     """Steps; 0: never."""
     prompts: str | list[str] = "wan-tiny"
-    """Text file, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
+    """File as `data.prompts`, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
     count: Count = 8
     """At most so many of them."""
     num_frames: int = 81
@@ -504,6 +512,8 @@ RESUMABLE = (
     "log",
     "ema.validate_with",
     "model.attention",
+    "data.cache_dir",
+    "data.cache_compress",
     "output_dir",
 )
 

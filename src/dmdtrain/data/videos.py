@@ -18,13 +18,18 @@ def list_clips(folder: Path) -> list[Path]:
     return [file for file in files if file.with_suffix(".txt").is_file()]
 
 
+def read_caption(file: Path) -> str:
+    """The caption beside a clip, on one line."""
+    return " ".join(file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
+
+
 def read_clip(file: Path, num_frames: int, height: int, width: int) -> tuple[str, torch.Tensor]:
     """Caption and the first `num_frames` frames [3, T, H, W] in [-1, 1], scaled to cover the size and cropped to its middle.
 
     Raises:
         ValueError: the clip is broken, too short, or has no caption, and why.
     """
-    caption = " ".join(file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
+    caption = read_caption(file)
     if not caption:
         raise ValueError("its caption is empty")
     frames: list[np.ndarray] = []

@@ -27,7 +27,16 @@ from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_st
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.plan import known_rate, memory_line
 from dmdtrain.train.render import Renderer
-from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
+from dmdtrain.train.setup import (
+    Run,
+    build_roles,
+    describe,
+    device_of_this_machine,
+    encode_text,
+    resolve,
+    sampling_json,
+    text_cache,
+)
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
 
@@ -107,7 +116,7 @@ class Trainer:
             torch.set_flush_denormal(True)
         self.text = text_cache(run, self.device)
         negatives = [self.config.data.negative_prompt, self.config.validation.negative_prompt]
-        self.text.prepare([*run.prompts, *run.validation_prompts, *negatives])
+        encode_text(self.text, [*run.prompts, *run.validation_prompts, *negatives], console)
         self.roles = build_roles(run, self.device)
         uncond = self.text.get([self.config.data.negative_prompt])
         self.distiller = Distiller(self.roles, self.config, run.timesteps, run.latent_shape, uncond)

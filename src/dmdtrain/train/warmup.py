@@ -24,7 +24,7 @@ from dmdtrain.train.log import Live
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.render import Renderer
-from dmdtrain.train.setup import Run, sampling_json
+from dmdtrain.train.setup import Run, encode_text, sampling_json
 from dmdtrain.train.step import Stats
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
@@ -121,7 +121,7 @@ class Warmup:
         needs_states = self.config.warmup.kind == "ode_regression"
         self.states = _state_indices(folder, self.run.timesteps) if needs_states else None
         files = folder.files()
-        self.text.prepare(read_captions(files))
+        encode_text(self.text, read_captions(files), self.console)
         self.files = EpochSampler(files, self.config.train.seed)
         self.num_frames = synthesize.warmup_shape(self.run)[1]
 

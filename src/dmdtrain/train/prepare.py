@@ -1,0 +1,72 @@
+"""`dmdtrain prepare`: what a run needs from its frozen encoders, made ahead and kept in its cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from dmdtrain.config import Config
+from dmdtrain.data.latents import LatentFolder, read_captions
+from dmdtrain.data.videos import list_clips, read_caption
+from dmdtrain.models.encode import SHARD_PROMPTS
+from dmdtrain.train.setup import Run, device_of_this_machine, encode_text, resolve, size_text, text_cache
+from dmdtrain.train.warmup import check_data, holds_latents
+
+
+def prepare(config: Config, *, verify: bool, prune: bool, console: Console) -> None:
+    """Every stage in turn; each adds what is missing."""
+    run = resolve(config)
+    check_data(run)
+    for stage in (prepare_text,):
+        stage(run, console, verify=verify, prune=prune)
+
+
+def prepare_text(run: Run, console: Console, *, verify: bool, prune: bool) -> None:
+    """Embeddings of every text of the run; verify and prune as the command's options."""
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False)
+
+    text = text_cache(run, device_of_this_machine())
+    if verify:
+        count = 0
+        for file, problem in text.shards.verify():
+            count += 1
+            if problem is not None:
+                say(f"damaged         {file}: {problem}; deleted, what this run needs of it is made again")
+        say(f"verified        {count} files")
+    groups = needed_text(run)
+    needed = [prompt for prompts in groups.values() for prompt in prompts]
+    listed = ", ".join(f"{len(prompts):,} {name}" for name, prompts in groups.items() if prompts)
+    left_out = f"; {run.left_out}" if run.left_out else ""
+    say(f"text            {listed}{left_out}")
+    encoded = encode_text(text, needed, console)
+    rows = text.rows(needed)
+    say(f"embeddings      {len(rows):,} needed, {len(rows) - encoded:,} were there, {encoded:,} added")
+    if cut := text.cut(rows):
+        say(
+            f"warning         {len(cut):,} prompts are longer than data.max_sequence_length ({text.length} tokens; the longest "
+            f"has {max(cut):,}): the rest of them is cut"
+        )
+    if prune:
+        deleted, freed = text.shards.prune(rows, SHARD_PROMPTS)
+        say(f"pruned          {deleted:,} embeddings that this configuration does not need, {size_text(freed)}")
+    files, size = text.shards.size()
+    say(f"cache           {text.cache}: {len(text.shards.rows):,} embeddings in {files:,} files, {size_text(size)}")
+
+
+def needed_text(run: Run) -> dict[str, list[str]]:
+    """What is encoded in a run, by what it is for."""
+    config = run.config
+    groups = {"training prompts": run.prompts, "validation prompts": run.validation_prompts}
+    groups["negative prompts"] = list(dict.fromkeys([config.data.negative_prompt, config.validation.negative_prompt]))
+    groups["warm-up captions"] = []
+    if config.warmup.kind != "none" and config.warmup.data is not None:  # else the teacher's videos are of the prompts
+        path = Path(config.warmup.data).expanduser()
+        if holds_latents(path):
+            captions = read_captions(LatentFolder.open(path, "warmup.data").files())
+        else:
+            captions = [caption for clip in list_clips(path) if (caption := read_caption(clip))]
+        groups["warm-up captions"] = list(dict.fromkeys(captions))
+    return groups
