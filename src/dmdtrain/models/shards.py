@@ -99,7 +99,7 @@ class Shards:
             row = self.rows[name]
             try:
                 with safe_open(row.file, "pt") as handle:
-                    tensor = handle.get_tensor(name)
+                    tensor = handle.get_tensor(name).clone()  # else it would hold the whole file's memory map
                 return tensor if row.packed is None else _unpack(tensor, *row.packed)
             except FileNotFoundError as error:  # someone deleted it; what he needs still is in another one
                 if retry:
