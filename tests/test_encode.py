@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
 from dmdtrain.miniature import clips
@@ -150,6 +150,36 @@ def test_broken_weights_are_told(wan_folder, tmp_path):
     (tmp_path / "model" / "text_encoder" / "model.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
         cache(folder, tmp_path / "cache").prepare(PROMPTS)
+
+
+def test_embeddings_that_are_not_finite_are_refused(wan_folder, tmp_path):
+    """Kept, they would spoil every step."""
+    shutil.copytree(wan_folder, tmp_path / "model")
+    file = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.block.0.layer.1.DenseReluDense.wo.weight"][3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    text = cache(find_folder(str(tmp_path / "model"), "model.base"), tmp_path / "cache")
+    with pytest.raises(
+        ConfigError, match=r"model\.text_encoder_precision: fp32: the embedding of 'a red dog' is not fin"
+    ):
+        text.prepare(["a red dog"])
+    assert text.missing(["a red dog"]) and not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_little_is_held_in_memory(folder, tmp_path, monkeypatch):
+    """A row is 6 tokens of 64 bytes at most; 1000 bytes hold two of them."""
+    monkeypatch.setattr("dmdtrain.models.encode.RECENT_BYTES", 1000)
+    monkeypatch.setattr("dmdtrain.models.encode.SHARD_PROMPTS", 16)
+    prompts = [f"a {x} {y} runs on" for x in ("red", "blue", "cat", "dog", "a") for y in ("red", "cat", "dog", "grass")]
+    text = cache(folder, tmp_path)
+    text.prepare(prompts)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    alone = {prompt: cache(folder, tmp_path).get([prompt]) for prompt in prompts}
+    for chosen in (prompts, prompts[::-1], prompts[:3] * 2):
+        assert torch.equal(text.get(chosen), torch.cat([alone[prompt] for prompt in chosen]))
+        held = sum(row.nbytes for row in text._recent.values())
+        assert held == text._recent_bytes <= 1000 and len(text._recent) == 2
 
 
 def test_an_encoder_is_known_by_its_content(wan_folder, tmp_path):

@@ -100,7 +100,7 @@ def test_prompts_that_are_cut_are_counted(make, tmp_path):
         "a cat\n" + "a cat on grass runs " * 4 + "\n" + "a dog " * 5000 + "\na b c d e f g\n"
     )
     file = make({"data.prompts": str(tmp_path / "long.txt")})
-    said = "warning 2 prompts are longer than data.max_sequence_length (8 tokens; the longest has 10,001): the rest"
+    said = "warning: 2 prompts are longer than data.max_sequence_length (8 tokens; the longest has 10,001): the rest"
     assert said in done("prepare", file)
     assert said in done("prepare", file)  # also when nothing is encoded
     assert "warning" not in done("prepare", file, "--set", f"data.prompts={make()}".replace("run.yaml", "prompts.txt"))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
+from dmdtrain.config import ConfigError
 from dmdtrain.models.shards import Shards
 from dmdtrain.models.wan import WanFolder, load_text_encoder
 
@@ -38,6 +39,7 @@ class TextCache:
     ):
         self.folder, self.cache, self.length, self.precision, self.device = folder, cache, length, precision, device
         self.shards = Shards(cache, "data.cache_dir", compress)
+        self._names: dict[str, str] = {}
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._recent_bytes = 0
 
@@ -50,8 +52,11 @@ class TextCache:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
     def _row(self, prompt: str) -> str:
-        """The name of a prompt's embedding. Cleaning takes 0.1 ms: a prompt that was seen is known as it was given."""
-        return self.shards.aliases.get(self._name("given", prompt)) or self._name("cleaned", prompt_clean(prompt))
+        """The name of a prompt's embedding. Cleaning takes 0.1 ms: a prompt that was encoded is known as it was given."""
+        if prompt not in self._names:
+            known = self.shards.aliases.get(self._name("given", prompt))
+            self._names[prompt] = known or self._name("cleaned", prompt_clean(prompt))
+        return self._names[prompt]
 
     def rows(self, prompts: Iterable[str]) -> dict[str, str]:
         """Name of the embedding -> its prompt, whether it is there or not."""
@@ -91,7 +96,12 @@ class TextCache:
             chunk = missing[start : start + batch_size]
             hidden, lengths = encode_prompts(tokenizer, encoder, chunk, self.length)
             for prompt, embedding, length in zip(chunk, hidden, lengths, strict=True):
-                name = self._name("cleaned", prompt_clean(prompt))
+                name = self._row(prompt)
+                if not embedding[:length].isfinite().all():
+                    raise ConfigError(
+                        f"model.text_encoder_precision: {self.precision}: the embedding of {prompt[:80]!r} is not finite; "
+                        "are the text encoder's weights whole? valid are fp32, bf16, int8, int8-llm, nf4"
+                    )
                 rows[name] = embedding[:length].cpu().clone()
                 aliases[self._name("given", prompt)] = name
                 if length == self.length and (whole := count_tokens(tokenizer, prompt)) > length:

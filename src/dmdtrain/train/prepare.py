@@ -10,6 +10,7 @@ from dmdtrain.config import Config
 from dmdtrain.data.latents import LatentFolder, read_captions
 from dmdtrain.data.videos import list_clips, read_caption
 from dmdtrain.models.encode import SHARD_PROMPTS
+from dmdtrain.train.log import Live
 from dmdtrain.train.setup import Run, device_of_this_machine, encode_text, resolve, size_text, text_cache
 from dmdtrain.train.warmup import check_data, holds_latents
 
@@ -30,12 +31,14 @@ def prepare_text(run: Run, console: Console, *, verify: bool, prune: bool) -> No
 
     text = text_cache(run, device_of_this_machine())
     if verify:
-        count = 0
-        for file, problem in text.shards.verify():
-            count += 1
-            if problem is not None:
-                say(f"damaged         {file}: {problem}; deleted, what this run needs of it is made again")
-        say(f"verified        {count} files")
+        text.shards.refresh()
+        files, size = text.shards.size()
+        with Live(files, 0, console, unit="file") as live:
+            for count, (file, problem) in enumerate(text.shards.verify(), 1):
+                live.step(count, "verified")
+                if problem is not None:
+                    say(f"damaged         {file}: {problem}; deleted, what this run needs of it is made again")
+        say(f"verified        {files:,} files, {size_text(size)}")
     groups = needed_text(run)
     needed = [prompt for prompts in groups.values() for prompt in prompts]
     listed = ", ".join(f"{len(prompts):,} {name}" for name, prompts in groups.items() if prompts)
@@ -44,13 +47,9 @@ def prepare_text(run: Run, console: Console, *, verify: bool, prune: bool) -> No
     encoded = encode_text(text, needed, console)
     rows = text.rows(needed)
     say(f"embeddings      {len(rows):,} needed, {len(rows) - encoded:,} were there, {encoded:,} added")
-    if cut := text.cut(rows):
-        say(
-            f"warning         {len(cut):,} prompts are longer than data.max_sequence_length ({text.length} tokens; the longest "
-            f"has {max(cut):,}): the rest of them is cut"
-        )
     if prune:
-        deleted, freed = text.shards.prune(rows, SHARD_PROMPTS)
+        with console.status("pruning"):
+            deleted, freed = text.shards.prune(rows, SHARD_PROMPTS)
         say(f"pruned          {deleted:,} embeddings that this configuration does not need, {size_text(freed)}")
     files, size = text.shards.size()
     say(f"cache           {text.cache}: {len(text.shards.rows):,} embeddings in {files:,} files, {size_text(size)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,18 +206,36 @@ def text_cache(run: Run, device: torch.device) -> TextCache:
 
 
 def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> int:
-    """Encodes what is not in the cache yet, with progress; the number of prompts that were encoded."""
-    missing = text.missing(prompts)
-    if not missing:
-        return 0
-    console.print(f"text: {len(missing):,} prompts to encode, to {text.cache}", soft_wrap=True, highlight=False)
-    with Live(len(missing), 0, console, unit="prompt") as live:
-
-        def progress(done: int, written: int) -> None:
-            live.step(done, f"{size_text(written)} written" if written else "")
-
-        text.prepare(missing, progress=progress)
+    """Encodes what is not in the cache yet, with progress, and tells what is cut; the number of prompts that were encoded."""
+    prompts = list(prompts)
+    with console.status("looking up prompts"):
+        missing = text.missing(prompts)
+    if missing:
+        console.print(f"text: {len(missing):,} prompts to encode, to {text.cache}", soft_wrap=True, highlight=False)
+        _encode(text, missing, console)
+    if cut := text.cut(text.rows(prompts)):
+        console.print(
+            f"warning: {len(cut):,} prompts are longer than data.max_sequence_length ({text.length} tokens; the longest has "
+            f"{max(cut):,}): the rest of them is cut",
+            soft_wrap=True,
+            highlight=False,
+        )
     return len(missing)
+
+
+def _encode(text: TextCache, missing: list[str], console: Console) -> None:
+    size, total = 0, 0.0
+
+    def progress(done: int, written: int) -> None:
+        nonlocal size, total
+        if written > size:  # just now, so that it is of all that is done
+            if not size and (written / done) * (len(missing) - done) > (free := shutil.disk_usage(text.cache).free):
+                console.print(f"warning: {size_text(free)} are free on the disk, which will not do", soft_wrap=True)
+            size, total = written, written / done * len(missing)
+        live.step(done, f"{size_text(size)} of about {size_text(total)} written" if size else "")
+
+    with Live(len(missing), 0, console, unit="prompt") as live:
+        text.prepare(missing, progress=progress)
 
 
 def size_text(size: float) -> str:
