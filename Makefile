@@ -42,18 +42,26 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Full DMD steps of a tiny Wan on any machine; replay against one graph.
+# Full DMD steps of a tiny Wan on any machine; against a hand-written script; replay against one graph.
 bench: setup
 	$(BIN)/python benchmarks/dmd_step.py --size tiny --compare train.gradient_checkpointing=false
+	$(BIN)/python benchmarks/minimal.py
 	$(BIN)/python benchmarks/replay.py --out output/replay.json
 
-# Full DMD steps of the real shapes at 480p with 21 latent frames; records go to benchmarks/records.
+# Full DMD steps of the real shapes at 480p with 21 latent frames; records go to benchmarks/records and its table.
+STEP := $(BIN)/python benchmarks/dmd_step.py --out benchmarks/records
+HOST := --set train.checkpoints_on=host --set train.batched_guidance=false
 bench-gpu: setup
 	for causal in true false; do for precision in bf16 int8 nf4; do \
-		$(BIN)/python benchmarks/dmd_step.py --size 1.3b --out benchmarks/records \
-			--set rollout.causal=$$causal --set model.precision=$$precision || exit 1; done; \
-		$(BIN)/python benchmarks/dmd_step.py --size 14b --out benchmarks/records \
-			--set rollout.causal=$$causal --set model.precision=int8 || exit 1; done
+		$(STEP) --size 1.3b --set rollout.causal=$$causal --set model.precision=$$precision || exit 1; done; \
+		$(STEP) --size 14b $(HOST) --set rollout.causal=$$causal --set model.precision=int8 || exit 1; done
+	$(STEP) --size 14b $(HOST) --set model.precision=nf4 --set model.offload_blocks=true \
+		--set optimizer.name=paged_adamw8bit
+	for change in train.compile=true model.int8_matmul=true fake_score.reuse_rollout=true model.attention=native \
+		train.checkpoints_on=host model.offload_blocks=true; do \
+		$(STEP) --size 1.3b --set model.precision=int8 --compare $$change || exit 1; done
+	$(STEP) --size 1.3b --set data.resolution=832x448 --set rollout.num_training_frames=16 --set train.compile=true
+	$(BIN)/python benchmarks/table.py
 
 # Scores the demo's student; run `make demo` first.
 bench-wan-tiny: setup

@@ -16,6 +16,8 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +25,17 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from dmdtrain.config import Config, build
-from dmdtrain.models.quantize import quantized_linear
+from dmdtrain.models.attention import pick_attention
+from dmdtrain.models.offload import stream_blocks
+from dmdtrain.models.quantize import multiply_in_int8, quantized_linear
 from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import WanFolder
 from dmdtrain.train import setup
+from dmdtrain.train.accounting import LiveBytes
 from dmdtrain.train.flops import step_flops
 from dmdtrain.train.loop import guarded_step
-from dmdtrain.train.optim import build_optimizer, trained_dtype
-from dmdtrain.train.plan import GIB, PUBLISHED, LiveBytes, make_plan
+from dmdtrain.train.optim import build_optimizer
+from dmdtrain.train.plan import GIB, PUBLISHED, UMT5_XXL, make_plan
 from dmdtrain.train.step import Distiller
 
 SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
@@ -42,6 +47,7 @@ DEFAULTS = {
     "optimizer.name": "adamw_bf16",
     "data.resolution": "832x480",
     "rollout.num_training_frames": 21,
+    "validation.every": 0,
 }
 TINY = {
     "data.resolution": "64x64",
@@ -96,19 +102,19 @@ class Steps:
 
     def __init__(self, size: str, config: Config, device: torch.device):
         folder = WanFolder(
-            Path(size), size, True, SIZES[size], {"z_dim": 16, "scale_factor_spatial": 8}, {"shift": 5.0}
+            Path(size), size, True, SIZES[size], {"z_dim": 16, "scale_factor_spatial": 8}, UMT5_XXL, {"shift": 5.0}
         )
         self.run = setup.resolve(config, for_training=False, find=lambda name, key: folder)
         self.config, self.device = config, device
-        weights = trained_dtype(config.optimizer.name)
-        self.roles = Roles(
-            random_transformer(SIZES[size], config.model.precision, device),
-            trained=setup.adapter_specs(config),
-            full_dtype=weights,
-            adapter_dtype=weights,
-            causal=config.rollout.causal,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        )
+        precision, attention = config.model.precision, config.model.attention
+        base = random_transformer(SIZES[size], precision, device)
+        base.set_attention_backend(pick_attention(attention, device, SIZES[size]["attention_head_dim"]))
+        if config.model.offload_blocks:
+            stream_blocks(base, device)
+        if config.model.int8_matmul:
+            multiply_in_int8(base)
+        specs, options = setup.adapter_specs(config), setup.role_options(config)
+        self.roles = Roles(base, trained=specs, **options)
         generator = torch.Generator().manual_seed(0)
         text = (config.data.max_sequence_length, SIZES[size]["text_dim"])
         self.context = torch.randn(config.train.batch_size, *text, generator=generator).to(device)
@@ -129,16 +135,21 @@ class Steps:
 
     def step(self) -> None:
         start = time.perf_counter()
-        for name, backward in (
-            ("fake_score", self.distiller.critic_backward),
-            ("student", self.distiller.student_backward),
-        ):
-            draws = self.distiller.draw(self.config.train.batch_size, self.generator).to(self.device)
-            backward(self.context, draws)
-            with self.distiller.phases("optimizer"):
-                guarded_step(self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
+        self.videos = None
+        student = partial(self._update, "student", self.distiller.student_backward)
+        critic = partial(self._update, "fake_score", self.distiller.critic_backward)
+        for update in (student, critic) if self.config.fake_score.reuse_rollout else (critic, student):
+            update()
         phases = self.distiller.phases.take()
         self.records.append({"seconds": time.perf_counter() - start} | phases)
+
+    def _update(self, name: str, backward: Callable) -> None:
+        draws = self.distiller.draw(self.config.train.batch_size, self.generator).to(self.device)
+        given = {"x0": self.videos} if name == "fake_score" else {}
+        _, made = backward(self.context, draws, **given)
+        self.videos = made if self.config.fake_score.reuse_rollout else None
+        with self.distiller.phases("optimizer"):
+            guarded_step(self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
 
     def summary(self, rate: float) -> dict:
         """Medians over all steps but the first."""
@@ -154,7 +165,8 @@ class Steps:
             "samples_per_hour": round(3600 * self.config.train.batch_size / medians["seconds"], 1),
             "model_tflop": round(flops / 1e12, 2),
             "utilisation": round(flops / medians["seconds"] / rate, 4),
-            "planned_peak_gib": round(plan.peak / GIB, 3),
+            "planned_peak_gib": round(plan.training_peak / GIB, 3),
+            "planned_host_gib": round(plan.host / GIB, 3),
         }
 
 
@@ -198,7 +210,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             steps[name].step()
-        sizes = {"live_peak_gib": live.peak, "weights_gib": weights}
+        sizes = {"live_peak_gib": live.peak, "live_host_gib": live.host_peak, "weights_gib": weights}
         results[name] = {"overrides": overrides} | {key: round(size / GIB, 3) for key, size in sizes.items()}
         if device.type == "cuda":
             results[name]["allocated_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
@@ -220,6 +232,7 @@ def main() -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         label = "-".join([args.size, *(o.split(".")[-1].replace("=", "_") for o in args.set)])
+        label += "".join(f"-vs-{o.split('.')[-1].replace('=', '_')}" for o in args.compare)
         (args.out / f"{record['device'].replace(' ', '_')}-{label}.json").write_text(text + "\n")
 
 

@@ -62,6 +62,7 @@ CHANGED = {
     "fake_score.eps": 1e-6,
     "fake_score.weight_decay": 0.0,
     "fake_score.grad_clip": 10.0,
+    "fake_score.reuse_rollout": True,
     "dmd.denoising_steps": [1000.0, 937.5, 833.25, 625.0],
     "dmd.warp_denoising_steps": True,
     "dmd.generator_update_interval": 5,
@@ -84,6 +85,7 @@ CHANGED = {
     "rollout.context_noise": 15.5,
     "rollout.local_attention_frames": 8,
     "rollout.sink_frames": 2,
+    "rollout.kv_cache": "int8",
     "warmup.kind": "teacher_forcing",
     "warmup.steps": 300,
     "warmup.lr": 2e-4,
@@ -115,12 +117,15 @@ CHANGED = {
     "train.batch_size": 2,
     "train.gradient_accumulation": 32,
     "train.gradient_checkpointing": False,
+    "train.batched_guidance": False,
+    "train.compile": True,
     "train.mixed_precision": "no",
     "train.seed": 7,
     "train.max_bad_steps": 3,
     "ema.enabled": False,
     "ema.decay": 0.95,
     "ema.every": 2,
+    "ema.keep_on": "host",
     "ema.validate_with": "raw",
     "checkpoint.every": 50,
     "checkpoint.keep": 1,
@@ -134,12 +139,22 @@ CHANGED = {
     "validation.negative_prompt": "~",
     "validation.seed": 0,
     "validation.fps": 24,
+    "validation.tiled_decoding": True,
     "log.every": 10,
     "log.tensorboard": False,
     "output_dir": "null",
 }
 
-# What has to be set with a key of CHANGED for it to be valid alone.
+# What does not go with the rest of CHANGED.
+APART = {
+    "model.quantized_cache": "cache",
+    "model.int8_matmul": True,
+    "model.offload_blocks": True,
+    "train.checkpoints_on": "host",
+    "train.checkpoint_replay": False,
+}
+
+# What has to be set with a key for it to be valid alone.
 NEEDS: dict[str, dict] = {
     "ema.enabled": {"ema.validate_with": "raw"},
     "rollout.causal": {"rollout.num_training_frames": 9},
@@ -147,6 +162,10 @@ NEEDS: dict[str, dict] = {
     "rollout.num_gradient_frames": {"rollout.causal": True, "rollout.num_frame_per_block": 1},
     "warmup.kind": {"rollout.causal": True},
     "model.teacher_precision": {"model.teacher": "org/teacher"},
+    "rollout.kv_cache": {"rollout.causal": True},
+    "model.quantized_cache": {"model.precision": "nf4"},
+    "model.int8_matmul": {"model.precision": "int8"},
+    "train.checkpoint_replay": {"rollout.causal": True},
 }
 
 # What may change when a run goes on, spelled out key by key.
@@ -156,7 +175,16 @@ MAY_CHANGE = {
     "model.attention",
     "data.cache_dir",
     "data.cache_compress",
+    "model.quantize_via",
+    "model.quantized_cache",
+    "model.offload_blocks",
+    "train.gradient_checkpointing",
+    "train.checkpoints_on",
+    "train.checkpoint_replay",
+    "train.batched_guidance",
+    "train.compile",
     "ema.validate_with",
+    "ema.keep_on",
     "output_dir",
     "checkpoint.every",
     "checkpoint.keep",
@@ -194,7 +222,7 @@ def test_empty_file_gives_the_defaults(load_text):
 
 def test_every_leaf_is_a_known_key():
     assert leaves(Config().model_dump()) == known_keys()
-    assert set(known_keys()) == set(CHANGED)
+    assert set(known_keys()) == set(CHANGED) | set(APART)
 
 
 def test_every_key_reaches_the_config_and_survives_dump_and_load(load_text):
@@ -347,7 +375,7 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("fake_score.kind", "none", "'none': valid are lora or full"),
         ("model.precision", "fp16", "'fp16': valid are fp32, bf16, int8, int8-llm or nf4"),
         ("train.mixed_precision", "fp16", "'fp16': valid are no or bf16"),
-        ("optimizer.name", "sgd", "'sgd': valid are adamw, adamw_bf16 or adamw8bit"),
+        ("optimizer.name", "sgd", "'sgd': valid are adamw, adamw_bf16, adamw8bit or paged_adamw8bit"),
         ("optimizer.grad_clip_method", "l1", "'l1': valid are norm or value"),
         ("schedule.name", "cosine", "'cosine': valid are constant, linear or cosine_with_min_lr"),
         ("ema.validate_with", "mean", "'mean': valid are ema, raw or both"),
@@ -589,14 +617,14 @@ def test_bad_overrides(refusal, override, says):
 # ---------------------------------------------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("key", CHANGED)
+@pytest.mark.parametrize("key", CHANGED | APART)
 def test_differences_of_every_key(key):
     base = build(nested(NEEDS.get(key, {})))
-    found = differences(base, build(nested(NEEDS.get(key, {}) | {key: CHANGED[key]})))
+    found = differences(base, build(nested(NEEDS.get(key, {}) | {key: (CHANGED | APART)[key]})))
     if key in MAY_CHANGE:
         assert found == []
     else:
-        before, after = nested_get(base, key), CHANGED[key]
+        before, after = nested_get(base, key), (CHANGED | APART)[key]
         assert found == [f"{key}: {before!r} -> {after!r}"]
 
 

@@ -18,8 +18,9 @@ from dmdtrain.config import build
 from dmdtrain.models.wan import find_folder
 from dmdtrain.train import plan as planning
 from dmdtrain.train import setup
+from dmdtrain.train.accounting import LiveBytes, PeakPhases, optimizer_bytes
 from dmdtrain.train.flops import pass_flops, step_flops, update_flops
-from dmdtrain.train.plan import GIB, LiveBytes, make_plan, optimizer_bytes
+from dmdtrain.train.plan import GIB, make_plan
 from dmdtrain.train.step import Distiller
 
 LAYERS = 7
@@ -60,7 +61,7 @@ def really(run: setup.Run) -> tuple[int, dict[str, int]]:
         distiller = Distiller(roles, config, run.timesteps, run.latent_shape, uncond)
         draws = distiller.draw(config.train.batch_size, torch.Generator().manual_seed(0))
         context = torch.randn(config.train.batch_size, config.data.max_sequence_length, 16)
-        distiller.phases = planning._PeakPhases(live, phases, live.now)
+        distiller.phases = PeakPhases(live, phases)
         distiller.student_backward(context, draws)
         for parameter in roles.parameters("student"):
             parameter.grad = None
@@ -78,8 +79,32 @@ def really(run: setup.Run) -> tuple[int, dict[str, int]]:
         {"student": {"kind": "full"}, "train": {"gradient_checkpointing": True}},
         {"train": {"mixed_precision": "bf16", "gradient_checkpointing": True}, "data": {"resolution": "128x128"}},
         {"dmd": {"fake_score_guidance_scale": 2.0}, "train": {"batch_size": 3}},
+        {"train": {"gradient_checkpointing": True, "checkpoints_on": "host"}},
+        {"rollout": {"causal": True, "num_frame_per_block": 1, "kv_cache": "int8"}, "validation": {"num_frames": 9}},
+        {"rollout": {"causal": True, "num_frame_per_block": 1, "kv_cache": "host"}, "validation": {"num_frames": 9}},
+        {"model": {"offload_blocks": True, "precision": "fp32"}, "train": {"gradient_checkpointing": True}},
+        {"train": {"batched_guidance": False}, "fake_score": {"reuse_rollout": True}},
+        {
+            "rollout": {"causal": True, "num_frame_per_block": 1},
+            "train": {"gradient_checkpointing": True, "checkpoint_replay": False},
+            "validation": {"num_frames": 9},
+        },
     ],
-    ids=["plain", "checkpointing", "causal", "window", "full", "autocast", "guided fake score"],
+    ids=[
+        "plain",
+        "checkpointing",
+        "causal",
+        "window",
+        "full",
+        "autocast",
+        "guided fake score",
+        "checkpoints on the host",
+        "cache in int8",
+        "cache on the host",
+        "blocks on the host",
+        "one pass after the other",
+        "replay without recompute",
+    ],
 )
 def test_the_plan_is_what_the_code_holds(settings, deep_folder, groups):
     """Peaks by phase within 5 % of those on real tensors, from models of two and of three blocks.
@@ -106,7 +131,7 @@ def test_the_base_has_the_bytes_of_the_loaded_one(settings, deep_folder, precisi
     assert make_plan(run).items["base"] == pytest.approx(wanted, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit"])
 def test_bytes_of_an_optimizer_are_those_of_its_state(name):
     from dmdtrain.train.optim import build_optimizer, trained_dtype
 
@@ -196,11 +221,15 @@ def test_the_order_of_changes_is_by_what_they_cost():
     assert keys == [
         "train.gradient_checkpointing",
         "train.batch_size",
+        "train.batched_guidance",
         "optimizer.name",
         "student.kind",
+        "train.checkpoints_on",
         "model.precision",
         "model.precision",
-        "ema.enabled",
+        "ema.keep_on",
+        "model.offload_blocks",
+        "optimizer.name",
     ]
     assert planning.changes(config)[1] == {"train.batch_size": 1, "train.gradient_accumulation": 4}
 

@@ -494,7 +494,7 @@ def test_replay_goes_block_by_block_and_adds_to_what_is_there(full, noise):
         return denoise(latents, timestep, frames=frames, write_cache=write_cache)
 
     replay_backward(watched, result.records, dmd_loss_gradient(gradient))
-    assert [call.frames for call in denoise.calls] == [slice(0, 1), slice(1, 4), slice(4, 6)]
+    assert [call.frames for call in denoise.calls] == [slice(4, 6), slice(1, 4), slice(0, 1)]
     assert all(call.with_graph and not call.write_cache for call in denoise.calls)
     assert all(grad is None for grad in accumulated[0])
     assert all(grad is not None for grad in accumulated[1])
@@ -515,4 +515,20 @@ def test_a_gradient_of_the_last_frames_leaves_earlier_blocks_out(full, noise):
     recorder.calls.clear()
     replay_backward(recorder, result.records, dmd_loss_gradient(padded)[:, :, 4:])
     assert [call.frames for call in recorder.calls] == [slice(4, 6)]
+    assert largest_error(full.gradients(), wanted) < 1e-9
+
+
+@pytest.mark.parametrize("sizes", [(6,), (1, 3, 2)])
+def test_a_kept_graph_gives_the_same_gradient_with_one_forward_less(full, noise, sizes):
+    exits = (1, 2, 0)[-len(sizes) :]
+    gradient = normal(*SHAPE, seed=98)
+    wanted = gradients_by_replay(full, gradient, noise, sizes, exits)
+    recorder = Recorder(full.flow)
+    result = rollout(recorder, noise, TIMESTEPS, BlockLayout(sizes), exits, keep_last_graph=True)
+    assert not result.x0.requires_grad
+    assert [record.x0 is not None for record in result.records] == [False] * (len(sizes) - 1) + [True]
+    assert [call.with_graph for call in recorder.calls].count(True) == 1
+    recorder.calls.clear()
+    replay_backward(recorder, result.records, dmd_loss_gradient(gradient))
+    assert [call.frames for call in recorder.calls] == BlockLayout(sizes).slices[-2::-1]
     assert largest_error(full.gradients(), wanted) < 1e-9

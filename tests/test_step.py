@@ -88,7 +88,7 @@ def gradients(distiller: Distiller, name: str) -> dict[str, torch.Tensor]:
 
 
 def update(distiller: Distiller, name: str, draws: Draws, weight: float = 1.0, context: torch.Tensor = CONTEXT) -> dict:
-    return getattr(distiller, UPDATES[name])(context, draws, weight)
+    return getattr(distiller, UPDATES[name])(context, draws, weight)[0]
 
 
 def run(settings: dict | None, name: str, draws: Draws | None = None, **options) -> dict[str, torch.Tensor]:

@@ -211,9 +211,9 @@ def held(monkeypatch) -> list[int]:
 
     def write(self, layer, frames, keys, values):
         work(self, layer, frames, keys, values)
-        blocks = self._layers[layer].values()
-        assert {k.shape for k, _ in blocks} == {(1, 2 * 4, 2, 12)}  # no views into something larger
-        assert all(k.untyped_storage().nbytes() == k.nbytes for k, _ in blocks)
+        kept = [k.get() for k, _ in self._layers[layer].values()]
+        assert {k.shape for k in kept} == {(1, 2 * 4, 2, 12)}  # no views into something larger
+        assert all(k.untyped_storage().nbytes() == k.nbytes for k in kept)
         found.append(self.stored_frames())
 
     monkeypatch.setattr(KVCache, "write", write)

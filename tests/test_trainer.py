@@ -123,6 +123,7 @@ RESUMED = {
     "adamw8bit, small tensors": (3, {"optimizer.name": "adamw8bit"}),
     # 176 x 24 weights: from 4096 on bitsandbytes quantizes the moments.
     "adamw8bit": (3, EIGHT_BIT),
+    "paged_adamw8bit": (3, EIGHT_BIT | {"optimizer.name": "paged_adamw8bit"}),
     "full roles": (3, {"student.kind": "full", "fake_score.kind": "full", "train.mixed_precision": "bf16"}),
     "checkpointing, causal": (
         3,
@@ -177,7 +178,7 @@ def test_a_resumed_run_equals_one_without_a_break(train, tmp_path, case):
     for part in ("student", "fake_score", "ema", "optimizer_student", "optimizer_fake_score", "random"):
         keys = [key for key in last if key.startswith(f"{part}:")]
         assert keys and any(key not in first or not torch.equal(last[key], first[key]) for key in keys), part
-    if case == "adamw8bit":
+    if case in ("adamw8bit", "paged_adamw8bit"):
         assert any(value.dtype == torch.uint8 for key, value in last.items() if key.startswith("optimizer_"))
     if case == "adamw_bf16":
         assert {v.dtype for k, v in last.items() if k.startswith("student:")} == {torch.bfloat16}
@@ -265,7 +266,12 @@ def test_every_optimizer_setting_reaches_its_role(make):
     }
     changes = {f"optimizer.{k}": v for k, v in settings["student"].items()}
     changes |= {f"fake_score.{k}": v for k, v in settings["fake_score"].items()}
-    for name, kind in (("adamw", torch.optim.AdamW), ("adamw_bf16", None), ("adamw8bit", None)):
+    for name, kind in (
+        ("adamw", torch.optim.AdamW),
+        ("adamw_bf16", None),
+        ("adamw8bit", None),
+        ("paged_adamw8bit", None),
+    ):
         trainer = make(**changes, **{"optimizer.name": name})
         assert kind is None or type(trainer.optimizers["student"]) is kind
         for role, wanted in settings.items():
@@ -278,7 +284,7 @@ def test_every_optimizer_setting_reaches_its_role(make):
             assert {p.dtype for p in group["params"]} == {dtype}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit"])
 def test_an_optimizer_step_is_adamw(name):
     """First step by hand: decay lr wd p, then lr g / (|g| + eps)."""
     dtype = torch.bfloat16 if name == "adamw_bf16" else torch.float32
@@ -301,7 +307,9 @@ def test_kahan_summation_keeps_what_bf16_rounds_away():
 
 
 def test_an_unknown_optimizer():
-    with pytest.raises(ConfigError, match=r"^optimizer.name: adagrad: valid are adamw, adamw_bf16, adamw8bit$"):
+    with pytest.raises(
+        ConfigError, match=r"^optimizer.name: adagrad: valid are adamw, adamw_bf16, adamw8bit, paged_adamw8bit$"
+    ):
         build_optimizer("adagrad", [], lr=1, betas=(0, 0), eps=1, weight_decay=0)
 
 

@@ -43,7 +43,7 @@ class Group(BaseModel):
             if (
                 isinstance(value, bool)
                 and field is not None
-                and field.annotation is not bool
+                and field.annotation not in (bool, bool | None)
                 and name != "mixed_precision"
             ):
                 raise ValueError(f"{name}: {str(value).lower()}: it must not be true or false")
@@ -134,10 +134,19 @@ class Model(Group):
     quantize_via: Literal["cpu", "device"] = "cpu"
     """Where layers are quantized, one by one as they are read: device is faster, and both give the same weights but for
     rounding."""
+    quantized_cache: Annotated[str, Field(min_length=1)] | None = None
+    """Folder in which quantized transformers are kept and found the next time. None: quantized at every start."""
+    int8_matmul: bool = False
+    """precision int8: passes without gradient (rollout, scores, sampling) multiply in int8, activations rounded with a scale
+    per token. Faster; benchmarks/precision.md has its error."""
+    offload_blocks: bool = False
+    """Keep the weights of frozen blocks in host memory; the block that is computed and the next are on the device. Changes no
+    number. For LoRA runs on precision fp32, bf16, int8 or nf4."""
     text_encoder_precision: Precision = "bf16"
     """Of the text encoder, which runs once per prompt and is then freed."""
-    attention: str = "native"
-    """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ..."""
+    attention: str = "auto"
+    """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ... auto: the fastest that
+    runs here, of FlashAttention 3, cuDNN's, FlashAttention 2 and PyTorch's own."""
     flow_shift: Positive | None = None
     """Shift of the teacher's own sampling schedule. None: what the model folder's scheduler says."""
 
@@ -171,6 +180,9 @@ class FakeScore(Group):
     weight_decay: NonNegative = 0.01
     grad_clip: Positive = 1.0
     """Largest norm of the fake score's gradient."""
+    reuse_rollout: bool = False
+    """At steps that update the student, train the fake score on the very videos of the student's update, after it, instead
+    of on a rollout of its own: saves that rollout. The two updates then share prompts and noise."""
 
 
 class Dmd(Group):
@@ -238,6 +250,9 @@ class Rollout(Group):
     """Latent frames that a block attends to, itself included; None: all before it (causal students)."""
     sink_frames: Annotated[int, Field(ge=0)] = 0
     """The video's first latent frames, visible to every block outside its window (causal students)."""
+    kv_cache: Literal["device", "int8", "host"] = "device"
+    """How finished blocks' keys and values are kept (causal students). int8: rounded with a scale per token and head, half
+    the memory; host: in host memory, brought back a layer ahead, no number changes."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -255,6 +270,8 @@ class Rollout(Group):
         if not self.causal:
             if gradient is not None:
                 raise ValueError(f"num_gradient_frames: {gradient} needs causal: true; valid without it is null")
+            if self.kv_cache != "device":
+                raise ValueError(f"kv_cache: {self.kv_cache} needs causal: true; valid without it is device")
             return self
         for key, frames in (("num_training_frames", self.num_training_frames), ("min_training_frames", least)):
             if frames is not None and (near := self.nearest_blocks(frames)):
@@ -360,8 +377,9 @@ class Data(Group):
 
 
 class Optimizer(Group):
-    name: Literal["adamw", "adamw_bf16", "adamw8bit"] = "adamw"
-    """adamw: float32 weights. adamw_bf16: bf16 weights with Kahan summation. adamw8bit: bitsandbytes. For both roles."""
+    name: Literal["adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw: float32 weights. adamw_bf16: bf16 weights with Kahan summation. adamw8bit: bitsandbytes, float32 weights and
+    8-bit moments; paged_adamw8bit: the moments move to host memory when the device is full. For both roles."""
     lr: Positive = 2e-5
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
@@ -388,6 +406,15 @@ class Train(Group):
     gradient_accumulation: Count = 1
     """Micro-batches per update: the update sees batch_size x gradient_accumulation videos, the same ones either way."""
     gradient_checkpointing: bool = True
+    """Of a pass with gradient keep the input of every block alone, and compute the block again in backward."""
+    checkpoints_on: Literal["device", "host"] = "device"
+    """Where those inputs are kept; host: in host memory, copied while the device computes."""
+    checkpoint_replay: bool = True
+    """false: the replay of a causal student's block keeps its activations and computes nothing twice; more memory."""
+    batched_guidance: bool = True
+    """Guided scores take the prompt and the negative prompt in one batch; false: one after the other, in less memory."""
+    compile: bool = False
+    """torch.compile of every transformer block: minutes at the start, faster steps."""
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_yaml_no)] = "bf16"
     """Autocast of the transformer passes."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -400,6 +427,8 @@ class Ema(Group):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     every: Count = 1
     """Student updates between two updates of the average."""
+    keep_on: Literal["device", "host"] = "device"
+    """Where the average lies; host: updates take longer, the device is free of it."""
     validate_with: Literal["ema", "raw", "both"] = "ema"
 
 
@@ -430,6 +459,9 @@ class Validation(Group):
     seed: Annotated[int, Field(ge=0)] = 42
     """Prompt number i starts from seed + i."""
     fps: Count = 16
+    tiled_decoding: bool | None = None
+    """Decode videos in overlapping tiles of 256 pixels, blended: less memory for large ones, and slightly other pixels. None:
+    where a frame has more than 832 x 480 pixels."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -476,6 +508,29 @@ class Config(Group):
                 raise ValueError(
                     f"{name}.kind: full can not be trained on model.precision {self.model.precision}; valid is lora, or bf16"
                 )
+        if self.model.int8_matmul and self.model.precision != "int8":
+            raise ValueError(f"model.int8_matmul: true needs model.precision int8; it is {self.model.precision}")
+        if self.model.quantized_cache is not None and self.model.precision in ("fp32", "bf16"):
+            raise ValueError(
+                f"model.quantized_cache: {self.model.quantized_cache}: nothing is quantized at model.precision "
+                f"{self.model.precision}; valid is null"
+            )
+        if self.model.offload_blocks:
+            precisions = {self.model.precision, self.model.teacher_precision}
+            if "int8-llm" in precisions:
+                raise ValueError(
+                    "model.offload_blocks: true does not go with int8-llm; valid are fp32, bf16, int8, nf4"
+                )
+            for name in ("student", "fake_score"):
+                if getattr(self, name).kind == "full":
+                    raise ValueError(f"model.offload_blocks: true needs {name}.kind: lora")
+        if self.train.checkpoints_on == "host" and not self.train.gradient_checkpointing:
+            raise ValueError("train.checkpoints_on: host needs train.gradient_checkpointing: true")
+        if not self.train.checkpoint_replay and not (self.rollout.causal and self.train.gradient_checkpointing):
+            raise ValueError(
+                "train.checkpoint_replay: false is for causal students with train.gradient_checkpointing: true; "
+                "valid without is true"
+            )
         if self.warmup.kind != "none" and not self.rollout.causal:
             raise ValueError(
                 f"warmup.kind: {self.warmup.kind} is for causal students (rollout.causal: true); valid without is none"
@@ -511,9 +566,19 @@ RESUMABLE = (
     "validation",
     "log",
     "ema.validate_with",
+    "ema.keep_on",
+    # Where things are kept and how they are computed, in other roundings at most.
     "model.attention",
     "data.cache_dir",
     "data.cache_compress",
+    "model.quantize_via",
+    "model.quantized_cache",
+    "model.offload_blocks",
+    "train.gradient_checkpointing",
+    "train.checkpoints_on",
+    "train.checkpoint_replay",
+    "train.batched_guidance",
+    "train.compile",
     "output_dir",
 )
 

@@ -76,6 +76,7 @@ class ExitRecord:
     frames: slice
     noisy: torch.Tensor  # [B, C, t, H, W]
     timestep: float
+    x0: torch.Tensor | None = None  # what it gave, with its graph, where that was kept
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def roll_out_blocks(
     exit_steps: Sequence[int],
     *,
     context_timestep: float = 0.0,
+    keep_last_graph: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> Iterator[tuple[torch.Tensor, ExitRecord]]:
-    """Denoises block by block, without a graph; yields each block's x0 [B, C, t, H, W] as it is finished.
+    """Denoises block by block, without a graph; yields each block's x0 [B, C, t, H, W] as it is finished, detached.
 
     Each block starts from noise 0 and walks down `timesteps`; after every step but its exit step it is noised again, with
     fresh noise, to the next timestep. A finished block that others follow gets one more pass that writes its keys and
@@ -124,6 +126,8 @@ def roll_out_blocks(
         noise: a block's frames -> [S, B, C, t, H, W] as `draw_noise` makes it, S = len(timesteps); with one more where
             `context_timestep` is above 0, for the cache.
         timesteps: descending, in (0, 1000]. exit_steps: per block, an index into `timesteps`.
+        keep_last_graph: the last block's exit step runs with a graph, which its record holds, so that its replay need not
+            run it again.
         on_step: called after every denoising step, for a progress display.
     """
     slices = layout.slices
@@ -134,9 +138,12 @@ def roll_out_blocks(
         x0 = latents
         for step in range(exit_step + 1):
             timestep = timesteps[step]
-            x0 = predict_x0(denoise, latents, timestep, frames)
+            keep = keep_last_graph and step == exit_step and index + 1 == len(slices)
+            with torch.set_grad_enabled(keep):
+                x0 = predict_x0(denoise, latents, timestep, frames)
             if step == exit_step:
-                record = ExitRecord(frames, latents, timestep)
+                record = ExitRecord(frames, latents, timestep, x0 if keep else None)
+                x0 = x0.detach()
             else:
                 latents = _noised(x0, drawn[step + 1], timesteps[step + 1])
             if on_step is not None:
@@ -183,6 +190,7 @@ def replay_backward(denoise: Denoiser, records: Sequence[ExitRecord], grad_x0: t
     over the whole video; activations of one block are held at a time.
 
     Args:
+        records: of the video's blocks. The last one comes first, since it may hold a graph, which is freed by that.
         grad_x0: [B, C, t, H, W], d loss / d x0 of the video's last t frames. Blocks before them get no gradient.
 
     Raises:
@@ -191,9 +199,11 @@ def replay_backward(denoise: Denoiser, records: Sequence[ExitRecord], grad_x0: t
     first = records[-1].frames.stop - grad_x0.shape[2]
     if first not in [record.frames.start for record in records]:
         raise ValueError(f"the gradient of the last {grad_x0.shape[2]} frames begins inside a block")
-    for record in records:
+    for record in reversed(records):
         if record.frames.start >= first:
-            x0 = predict_x0(denoise, record.noisy, record.timestep, record.frames)
+            x0 = record.x0
+            if x0 is None:
+                x0 = predict_x0(denoise, record.noisy, record.timestep, record.frames)
             grad = grad_x0[:, :, record.frames.start - first : record.frames.stop - first]
             torch.autograd.backward(x0, grad.to(x0.dtype))
 

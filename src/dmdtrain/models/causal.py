@@ -6,8 +6,9 @@ the block itself. That equals one forward of all frames under a block-causal mas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -31,6 +32,29 @@ def sampling_window(local_frames: int | None, num_training_frames: int | None, n
     return local_frames
 
 
+class Stored(Protocol):
+    """Keys or values as a cache keeps them."""
+
+    def get(self) -> torch.Tensor:
+        """[B, L, heads, head dim] on the device."""
+        ...
+
+    def prefetch(self) -> None:
+        """They are wanted soon."""
+        ...
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    tensor: torch.Tensor
+
+    def get(self) -> torch.Tensor:
+        return self.tensor
+
+    def prefetch(self) -> None:
+        """Is there already."""
+
+
 class KVCache:
     """Keys and values of finished blocks, per layer, each [B, frames * tokens per frame, heads, head dim].
 
@@ -40,32 +64,54 @@ class KVCache:
         local_frames: frames that a block attends to, itself included; None: all before it. sink_frames: the video's first
             frames, which stay visible outside the window. evict: forget what no later block can see, so that memory stays
             constant however long the video; not for training, where replay reads the context of every block again.
+        store: how keys and values are kept, such as `Int8Tensor` or `HostTensor`.
     """
 
-    def __init__(self, local_frames: int | None = None, sink_frames: int = 0, evict: bool = False):
-        self.local_frames, self.sink_frames, self.evict = local_frames, sink_frames, evict
-        self._layers: dict[int, dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = {}
+    def __init__(
+        self,
+        local_frames: int | None = None,
+        sink_frames: int = 0,
+        evict: bool = False,
+        store: Callable[[torch.Tensor], Stored] = AsItIs,
+    ):
+        self.local_frames, self.sink_frames, self.evict, self.store = local_frames, sink_frames, evict, store
+        self._layers: dict[int, dict[tuple[int, int], tuple[Stored, Stored]]] = {}
+        self._last_read = -1
         self.cross: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def visible(self, frames: slice) -> list[range]:
         return visible_frames(frames, self.local_frames, self.sink_frames)
 
-    def read(self, layer: int, frames: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the visible frames, in order."""
-        parts = []
+    def _overlaps(self, layer: int, frames: slice) -> list[tuple[Stored, Stored, int, slice]]:
+        """(keys, values, their frames, the rows of them that are seen), in order; rows in frames."""
+        found = []
         for wanted in self.visible(frames):
             for (start, stop), (keys, values) in self._layers.get(layer, {}).items():
                 low, high = max(start, wanted.start), min(stop, wanted.stop)
                 if low < high:
-                    tokens = keys.shape[1] // (stop - start)
-                    rows = slice((low - start) * tokens, (high - start) * tokens)
-                    parts.append((keys[:, rows], values[:, rows]))
+                    found.append((keys, values, stop - start, slice(low - start, high - start)))
+        return found
+
+    def read(self, layer: int, frames: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the visible frames, in order."""
+        parts = []
+        for stored_keys, stored_values, held, seen in self._overlaps(layer, frames):
+            keys, values = stored_keys.get(), stored_values.get()
+            tokens = keys.shape[1] // held
+            rows = slice(seen.start * tokens, seen.stop * tokens)
+            parts.append((keys[:, rows], values[:, rows]))
+        # A pass goes up the layers; the recompute of a backward goes down.
+        step = -1 if torch.is_grad_enabled() and layer == self._last_read - 1 else 1
+        self._last_read = layer
+        for stored_keys, stored_values, _, _ in self._overlaps(layer + step, frames):
+            stored_keys.prefetch()
+            stored_values.prefetch()
         return parts
 
     def write(self, layer: int, frames: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert not torch.is_grad_enabled(), "the cache never sees a graph"
         blocks = self._layers.setdefault(layer, {})
-        blocks[frames.start, frames.stop] = (keys, values)
+        blocks[frames.start, frames.stop] = (self.store(keys), self.store(values))
         if self.evict:
             # The next block ends at least one frame after this one.
             seen = self.visible(slice(frames.stop, frames.stop + 1))
@@ -141,12 +187,7 @@ class CausalSelfAttention(_Processor):
         query, key = (_rotate(x, *rotary_emb) for x in (query, key))
         if isinstance(view, TeacherForcingView):
             return _project(attn, _teacher_forcing(self.stock, view, query, key, value))
-        past = view.cache.read(self.layer, view.frames)
-        if view.write:
-            view.cache.write(self.layer, view.frames, key, value)
-        key = torch.cat([*(k for k, _ in past), key], 1)
-        value = torch.cat([*(v for _, v in past), value], 1)
-        return _project(attn, _attend(self.stock, query, key, value))
+        return _project(attn, _attend_past(self.stock, view, self.layer, query, key, value))
 
 
 class CachedCrossAttention(_Processor):
@@ -164,12 +205,16 @@ class CachedCrossAttention(_Processor):
         # With gradients the weights of to_k and to_v need their own pass: a cache would starve them.
         if not isinstance(view, CausalView) or torch.is_grad_enabled():
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if self.layer not in view.cache.cross:
-            key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
-            value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-            view.cache.cross[self.layer] = (key, value)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        return _project(attn, _attend(self.stock, query, *view.cache.cross[self.layer]))
+        return _project(attn, _attend(self.stock, query, *self._prompt(attn, view.cache, encoder_hidden_states)))
+
+    @torch.compiler.disable
+    def _prompt(self, attn: Any, cache: KVCache, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layer not in cache.cross:
+            key = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
+            value = attn.to_v(context).unflatten(2, (attn.heads, -1))
+            cache.cross[self.layer] = (key, value)
+        return cache.cross[self.layer]
 
 
 class OffsetRope(nn.Module):
@@ -223,6 +268,19 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _attend(stock: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention by the backend that the stock processor was given; all [B, L, heads, head dim]."""
     return dispatch_attention_fn(query, key, value, backend=stock._attention_backend)
+
+
+@torch.compiler.disable  # so that a growing cache compiles nothing again
+def _attend_past(
+    stock: Any, view: CausalView, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Attention to the visible cached frames and to the block's own, which is written where the view says so."""
+    past = view.cache.read(layer, view.frames)
+    if view.write:
+        view.cache.write(layer, view.frames, key, value)
+    key = torch.cat([*(k for k, _ in past), key], 1)
+    value = torch.cat([*(v for _, v in past), value], 1)
+    return _attend(stock, query, key, value)
 
 
 def _project(attn: Any, out: torch.Tensor) -> torch.Tensor:

@@ -43,9 +43,16 @@ class StreamDecoder:
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Videos of normalised latents: [B, C, T, H, W] -> [B, 3, 1 + 4 (T - 1), H', W'] in [-1, 1], float32."""
-    return StreamDecoder(vae)(latents)
+def decode_latents(vae: Any, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+    """Videos of normalised latents: [B, C, T, H, W] -> [B, 3, 1 + 4 (T - 1), H', W'] in [-1, 1], float32.
+
+    tiled: tile by tile, one video at a time, as the codec's own `tiled_decode` does it.
+    """
+    if not tiled:
+        return StreamDecoder(vae)(latents)
+    mean, std = _statistics(vae, latents.device)
+    raw = (latents.float() * std + mean).to(vae.dtype)
+    return torch.cat([vae.tiled_decode(video, return_dict=False)[0].float() for video in raw.split(1)])
 
 
 @torch.no_grad()

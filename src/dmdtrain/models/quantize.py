@@ -9,17 +9,21 @@ nf4       bitsandbytes' Linear4bit, with doubly quantized scales (arXiv 2305.143
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from bitsandbytes.functional import int8_vectorwise_quant
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from diffusers import WanTransformer3DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 KINDS = ("int8", "int8-llm", "nf4")
@@ -39,14 +43,25 @@ class _Int8Matmul(torch.autograd.Function):
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int8 [out, in] and float32 scale [out, 1] -> [out, in]."""
+    """int8 [..., n] and float32 scale [..., 1] -> [..., n]."""
     return (weight * scale).to(dtype)
 
 
+def int8_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x @ dequantize(weight).T in int8, x [..., in] rounded with a scale per token (its largest element is 127)."""
+    rows = Int8Tensor.of(x.flatten(0, -2))
+    product = torch._int_mm(rows.values, weight.T)
+    return (product * rows.scale * scale.T).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
 class Int8Linear(nn.Linear):
-    """A frozen linear layer with int8 weights [out, in] and a float32 scale per row [out, 1]; the bias is as it was."""
+    """A frozen linear layer with int8 weights [out, in] and a float32 scale per row [out, 1]; the bias is as it was.
+
+    `multiply_in_int8` makes passes without gradient faster at the cost of rounding the activations: see `int8_matmul`.
+    """
 
     scale: torch.Tensor
+    multiply_in_int8 = False
 
     @classmethod
     def from_weight(cls, weight: torch.Tensor, bias: nn.Parameter | None) -> Int8Linear:
@@ -60,23 +75,68 @@ class Int8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = _Int8Matmul.apply(x, self.weight, self.scale)
+        if self.multiply_in_int8 and not torch.is_grad_enabled() and x.numel() > 16 * x.shape[-1]:  # what cuBLAS takes
+            out = int8_matmul(x, self.weight, self.scale)
+        else:
+            out = _Int8Matmul.apply(x, self.weight, self.scale)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+@dataclass(frozen=True)
+class Int8Tensor:
+    """A tensor in int8 with a float32 scale for each vector of its last axis."""
+
+    values: torch.Tensor
+    scale: torch.Tensor  # [..., 1]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Int8Tensor:
+        scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return cls((x / scale).round().to(torch.int8), scale, x.dtype)
+
+    def get(self) -> torch.Tensor:
+        return dequantize(self.values, self.scale, self.dtype)
+
+    def prefetch(self) -> None:
+        """Is there already."""
+
+
+def multiply_in_int8(model: nn.Module) -> None:
+    """Passes without gradient of a model's `Int8Linear` layers multiply in int8 from now on."""
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            layer.multiply_in_int8 = True
+
+
+def dense_of(
+    linear: nn.Linear, device: torch.device
+) -> tuple[Callable[[torch.Tensor, torch.dtype], torch.Tensor], torch.dtype | None]:
+    """How a frozen layer's stored weight, on `device`, becomes [out, in] of a dtype; and the one it has to be computed in."""
+    if isinstance(linear, Linear4bit):
+        state = linear.weight.quant_state
+        state.to(device)
+        return (lambda weight, dtype: dequantize_4bit(weight, state).to(dtype)), torch.bfloat16
+    if isinstance(linear, Int8Linear):
+        scale = linear.scale.to(device)
+        return (lambda weight, dtype: dequantize(weight, scale, dtype)), None
+    if isinstance(linear, _EmptyNf4):
+        shape = linear.shape
+        return (lambda weight, dtype: torch.empty(shape, dtype=dtype)), torch.bfloat16
+    return (lambda weight, dtype: weight.to(dtype)), None
 
 
 def quantized_linear(weight: torch.Tensor, bias: nn.Parameter | None, kind: str) -> nn.Module:
     """A frozen layer of `kind` on the weight's device. weight: [out, in]; the bias stays what it is, also if it is meta."""
     if kind == "int8":
         return Int8Linear.from_weight(weight, bias)
-    size = {"input_features": weight.shape[1], "output_features": weight.shape[0], "bias": False, "device": "meta"}
+    size = {"input_features": weight.shape[1], "output_features": weight.shape[0], "bias": False}
     layer: nn.Module
     if kind == "nf4":
-        layer = Linear4bit(**size, compute_dtype=torch.bfloat16, quant_type="nf4")
-        # On some CPUs a pass without gradient would repack the weight into a form that has no backward.
-        layer.support_avx512bf16_for_cpu = False
+        layer = _empty_linear4bit(size)
         packed = Params4bit(weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4", compress_statistics=True)
     else:
-        layer = Linear8bitLt(**size, has_fp16_weights=False, threshold=OUTLIER)
+        layer = Linear8bitLt(**size, device="meta", has_fp16_weights=False, threshold=OUTLIER)
         packed = Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
     layer.weight = packed.to(weight.device)  # this is what quantizes
     layer.bias = bias
@@ -172,3 +232,85 @@ def load_quantized(
     if empty:
         raise KeyError(f"{empty[0]} ({len(empty)} in all)")
     return model.requires_grad_(False)
+
+
+def cached_quantized(
+    make: Callable[[], nn.Module],
+    build: Callable[[], nn.Module],
+    files: list[Path],
+    kind: str,
+    folder: Path,
+    device: torch.device,
+) -> nn.Module:
+    """What `make` makes of `files`, kept in `folder` to the bit: quantizing 14B takes minutes, reading it again seconds.
+
+    The same files by resolved name, size and time are taken to be the same; a damaged file is made again.
+
+    Args:
+        build: as in `load_quantized`.
+    """
+    facts = [kind, device.type]
+    for file in files:
+        real = file.resolve()
+        facts += [str(real), str(real.stat().st_size), str(real.stat().st_mtime_ns)]
+    stored = folder / f"{kind}-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}.safetensors"
+    if stored.exists():
+        try:
+            return read_quantized(build, load_file(stored, device=str(device)), kind)
+        except (SafetensorError, KeyError):
+            stored.unlink()
+    model = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = stored.with_suffix(f".{os.getpid()}")
+    # nf4's code books, of 16 and 256 numbers, are shared by all layers; a file wants them apart.
+    apart = {name: value.clone() if value.numel() <= 256 else value for name, value in model.state_dict().items()}
+    save_file(apart, partial)
+    partial.rename(stored)
+    return model
+
+
+def read_quantized(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor], kind: str) -> nn.Module:
+    """A model from the state dict of one that `load_quantized` made."""
+    with init_empty_weights():
+        model = build()
+    for name, layer in list(model.named_modules()):
+        prefix = f"{name}." if name else ""
+        mine = {key: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        beside = {key: value for key, value in tensors.items() if key.startswith(f"{prefix}weight.")}
+        weight = mine.get(f"{prefix}weight")
+        if type(layer) is nn.Linear and weight is not None and (beside or weight.dtype == torch.int8):
+            parent, _, child = name.rpartition(".")
+            layer = stored_linear(layer, kind, weight, {k.removeprefix(prefix): v for k, v in (mine | beside).items()})
+            setattr(model.get_submodule(parent), child, layer)
+        for own in list(layer._parameters):
+            if layer._parameters[own] is not None and layer._parameters[own].is_meta:  # type: ignore[union-attr]
+                layer._parameters[own] = nn.Parameter(tensors[f"{prefix}{own}"], requires_grad=False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.requires_grad_(False)
+
+
+def stored_linear(linear: nn.Linear, kind: str, weight: torch.Tensor, beside: dict[str, torch.Tensor]) -> nn.Module:
+    """The quantized layer whose state dict was `weight` and what is `beside` it."""
+    size = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": False}
+    layer: nn.Module
+    if kind == "int8":
+        layer = Int8Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.register_buffer("scale", beside["scale"])
+    elif kind == "nf4":
+        layer = _empty_linear4bit(size)
+        stats = {key.removeprefix("weight."): value for key, value in beside.items() if key.startswith("weight.")}
+        layer.weight = Params4bit.from_prequantized(weight, stats, device=weight.device)
+    else:
+        layer = Linear8bitLt(**size, device="meta", has_fp16_weights=False, threshold=OUTLIER)
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=beside["SCB"])
+    layer.bias = linear.bias
+    return layer
+
+
+def _empty_linear4bit(size: dict[str, Any]) -> Linear4bit:
+    layer = Linear4bit(**size, device="meta", compute_dtype=torch.bfloat16, quant_type="nf4")
+    # On some CPUs a pass without gradient would repack the weight into a form that has no backward.
+    layer.support_avx512bf16_for_cpu = False
+    return layer

@@ -20,7 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dmdtrain.models.causal import View, install
+from dmdtrain.models.causal import CausalView, View, install
+from dmdtrain.models.offload import HostCheckpoints
 
 RoleName = Literal["teacher", "student", "fake_score"]
 
@@ -59,6 +60,11 @@ class Roles:
         teacher: another teacher, or None for the base itself.
         trained: "student" and, in training, "fake_score": an adapter on `base`, or None for a full copy in `full_dtype`.
         adapter_dtype: of LoRA weights. causal: the student's passes may be given a view.
+        gradient_checkpointing: a block's input is all that a pass with gradient keeps of it. checkpoints_on_host: in host
+            memory. checkpoint_replay: also in passes of one temporal block through a cache.
+        autocast: passes run under autocast, which casts what a LoRA layer sees; without, PEFT does, and its float32 copies
+            of activations are kept for backward.
+        compile_backend: of torch.compile, for the transformers' blocks; None: they are not compiled.
         init_lora_weights: False makes LoRA B random instead of zero (for tests).
     """
 
@@ -72,6 +78,10 @@ class Roles:
         adapter_dtype: torch.dtype = torch.float32,
         causal: bool = False,
         gradient_checkpointing: bool = False,
+        checkpoints_on_host: bool = False,
+        checkpoint_replay: bool = True,
+        autocast: bool = False,
+        compile_backend: str | None = None,
         init_lora_weights: bool = True,
     ):
         # Copies first: they are copies of the bare base, without adapters.
@@ -91,14 +101,19 @@ class Roles:
             for parameter in self.parameters(name):
                 parameter.requires_grad_(True)
         self._layers = {id(role.module): _tuner_layers(role.module) for role in self.roles.values()}
+        for layer in (layer for layers in self._layers.values() for layer in layers):
+            layer.cast_input_dtype_enabled = not autocast
         self._active: dict[int, str | None] = {}
         student = self.roles["student"].module if causal else None
         self._holders = {id(student): install(student)} if causal else {}
-        for role in self.roles.values():
-            self._switch(role.module, None, None)
-            role.module.eval()
+        self._checkpoint_replay = checkpoint_replay
+        for module in {id(role.module): role.module for role in self.roles.values()}.values():
+            self._switch(module, None, None)
+            module.eval()
+            if compile_backend is not None:
+                compile_blocks(module, compile_backend)
             if gradient_checkpointing:
-                role.module.enable_gradient_checkpointing(self._checkpoint_of(role.module))  # type: ignore[operator]
+                module.enable_gradient_checkpointing(self._checkpoint_of(module, checkpoints_on_host))  # type: ignore[operator]
 
     def _switch(self, module: nn.Module, adapter: str | None, view: View | None) -> None:
         if self._active.get(id(module), "") != adapter:
@@ -121,18 +136,21 @@ class Roles:
         finally:
             self._switch(module, *before)
 
-    def _checkpoint_of(self, module: nn.Module) -> Any:
+    def _checkpoint_of(self, module: nn.Module, on_host: bool) -> Any:
         """A checkpoint function that re-enters the role and the view of the forward. Both are captured in the closure: CUDA
         runs backward on another thread."""
+        keep = HostCheckpoints() if on_host else _torch_checkpoint
 
         def checkpointed(block: Any, *args: Any) -> Any:
             state = self._state(module)
+            if not self._checkpoint_replay and isinstance(state[1], CausalView):
+                return block(*args)
 
             def run(*inputs: Any) -> Any:
                 with self.active(module, *state):
                     return block(*inputs)
 
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # no dropout
+            return keep(run, *args)
 
         return checkpointed
 
@@ -180,6 +198,18 @@ class Roles:
             yield
         finally:
             load_parameters(own, kept)
+
+
+def _torch_checkpoint(run: Any, *args: Any) -> Any:
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # no dropout
+
+
+def compile_blocks(transformer: Any, backend: str) -> None:
+    """torch.compile of each block. All blocks share their graphs: one for each role and grad mode, and one more once a size
+    is seen to vary."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in transformer.blocks:
+        block.compile(backend=backend)
 
 
 @torch.no_grad()

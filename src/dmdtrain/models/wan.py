@@ -34,6 +34,7 @@ class WanFolder:
     hub: bool  # `path` is a snapshot from the hub that so far holds configs alone
     transformer: dict[str, Any]
     vae: dict[str, Any]
+    text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
 
     @property
@@ -109,7 +110,7 @@ def find_folder(name: str, key: str) -> WanFolder:
         )
     if vae.get("scale_factor_temporal", VAE_TEMPORAL_FACTOR) != VAE_TEMPORAL_FACTOR:
         raise ConfigError(f"{key}: {name}: the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan 2.1")
-    return WanFolder(path, name, hub, transformer, vae, configs["scheduler"])
+    return WanFolder(path, name, hub, transformer, vae, configs["text_encoder"], configs["scheduler"])
 
 
 def _check_weights(folder: Path, name: str, key: str) -> None:
@@ -151,12 +152,17 @@ def _download(name: str, patterns: list[str], key: str) -> Path:
 
 
 def load_transformer(
-    folder: WanFolder, precision: str, attention: str = "native", quantize_on: torch.device | None = None
+    folder: WanFolder,
+    precision: str,
+    attention: str = "native",
+    quantize_on: torch.device | None = None,
+    quantized_cache: Path | None = None,
 ) -> Any:
     """A frozen `WanTransformer3DModel`.
 
     precision: fp32, bf16, or a kind of `models.quantize`, for the blocks' linear layers over bf16. Time embedder, norms and
     modulation stay in float32 whatever it is. quantize_on: where layers are quantized as they are read; None: the CPU.
+    quantized_cache: folder in which what was quantized is kept, and found the next time.
     """
     from diffusers import WanTransformer3DModel
 
@@ -164,7 +170,7 @@ def load_transformer(
         model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=_dtype(precision))
     else:
         build = lambda: WanTransformer3DModel.from_config(folder.transformer)  # noqa: E731
-        model = _loaded_quantized(build, folder, "transformer", precision, "blocks", quantize_on)
+        model = _loaded_quantized(build, folder, "transformer", precision, "blocks", quantize_on, quantized_cache)
     if attention != "native":  # what it is already
         try:
             model.set_attention_backend(attention)
@@ -240,15 +246,23 @@ def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
 
 
 def _loaded_quantized(
-    build: Callable[[], Any], folder: WanFolder, part: str, kind: str, inside: str, device: torch.device | None
+    build: Callable[[], Any],
+    folder: WanFolder,
+    part: str,
+    kind: str,
+    inside: str,
+    device: torch.device | None,
+    cache: Path | None = None,
 ) -> Any:
     import torch
 
-    from dmdtrain.models.quantize import load_quantized
+    from dmdtrain.models.quantize import cached_quantized, load_quantized
 
-    path = part_folder(folder, part)
+    files = _weight_files(part_folder(folder, part))
+    where = device or torch.device("cpu")
+    make = lambda: load_quantized(build, files, kind, inside, torch.bfloat16, where)  # noqa: E731
     try:
-        return load_quantized(build, _weight_files(path), kind, inside, torch.bfloat16, device or torch.device("cpu"))
+        return make() if cache is None else cached_quantized(make, build, files, kind, cache, where)
     except KeyError as error:
         raise ConfigError(f"{folder.name}: {part} lacks weights: {error.args[0]}") from None
     except ValueError as error:

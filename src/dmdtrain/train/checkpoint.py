@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.train.optim import put_back_pages
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -171,6 +172,7 @@ def save_optimizer(
 def load_optimizer(name: str, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     tree = read_json(folder, f"optimizer_{name}.json")
     optimizer.load_state_dict(join_state(read_tensors(folder, f"optimizer_{name}"), tree))
+    put_back_pages(optimizer)
 
 
 def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, load
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import stock_scheduler, write_lora, write_pipeline
-from dmdtrain.models.decode import StreamDecoder
+from dmdtrain.models.decode import StreamDecoder, decode_latents
 from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, read_json
 from dmdtrain.train.log import Live
-from dmdtrain.train.render import Renderer
+from dmdtrain.train.render import Renderer, decode_tiled
 from dmdtrain.train.step import block_layout
 from dmdtrain.train.validation import Mp4Writer, write_samples
 
@@ -163,12 +164,21 @@ def generate(
     blocks = renderer.student_blocks(
         [prompt], [seed], shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
     )
-    with renderer.codec() as vae, Mp4Writer(out, settings.fps) as writer:
-        decoder = StreamDecoder(vae)
-        with _blocks_live(run, shape, 1, console) as on_block:
-            for block in blocks:
+    tiled = decode_tiled(run, shape)
+    with (
+        _blocks_live(run, shape, 1, console) as on_block,
+        renderer.codec() as vae,
+        Mp4Writer(out, settings.fps) as writer,
+    ):
+        decoder, latents = StreamDecoder(vae), []
+        for block in blocks:
+            if tiled:
+                latents.append(block)
+            else:
                 writer.write(decoder(block)[0].cpu())
-                on_block(1)
+            on_block(1)
+        if tiled:
+            writer.write(decode_latents(vae, torch.cat(latents, 2), tiled=True)[0].cpu())
     console.print(f"wrote {out}", soft_wrap=True)
 
 

@@ -8,19 +8,31 @@ import torch
 
 
 class Ema:
-    """Float32 average, updated at every `every`-th student update. `weights` are by the names of `parameters`."""
+    """Float32 average, updated at every `every`-th student update. `weights` are by the names of `parameters`.
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, every: int):
-        self.decay, self.every = decay, every
+    device: where they lie; None: where the parameters are.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        decay: float,
+        every: int,
+        device: torch.device | None = None,
+    ):
+        self.decay, self.every, self.device = decay, every, device
         self._parameters = parameters
-        self.weights = {name: p.detach().float().clone() for name, p in parameters.items()}
+        self.weights = {name: self._seen(p).clone() for name, p in parameters.items()}
+
+    def _seen(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach().to(self.device or parameter.device, torch.float32)
 
     @torch.no_grad()
     def update(self, student_update: int) -> None:
         """student_update: number of student updates done so far, from 1."""
         if student_update % self.every:
             return
-        new = [p.detach().float() for p in self._parameters.values()]
+        new = [self._seen(p) for p in self._parameters.values()]
         torch._foreach_lerp_(list(self.weights.values()), new, 1 - self.decay)
 
     @torch.no_grad()

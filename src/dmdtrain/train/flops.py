@@ -65,7 +65,10 @@ def step_flops(
 ) -> dict[str, float]:
     """FLOPs of an average step by phase: a fake-score update, and the student's share of one."""
     found = update_flops(config, transformer, teacher, frame_tokens)
+    share = 1 / config.dmd.generator_update_interval
     total = dict(found["fake_score"])
+    if config.fake_score.reuse_rollout:
+        total["rollout"] *= 1 - share
     for phase, flops in found["student"].items():
-        total[phase] = total.get(phase, 0.0) + flops / config.dmd.generator_update_interval
+        total[phase] = total.get(phase, 0.0) + flops * share
     return total

@@ -28,7 +28,8 @@ def build_optimizer(
     """An optimizer by its name in the configuration.
 
     adamw: PyTorch's. adamw_bf16: optimi's AdamW for bf16 weights; Kahan summation keeps what rounding would lose and,
-    unlike stochastic rounding, needs no randomness. adamw8bit: bitsandbytes', with 8-bit moments.
+    unlike stochastic rounding, needs no randomness. adamw8bit: bitsandbytes', with 8-bit moments; paged_adamw8bit: in memory
+    that the driver moves to the host when the device is full.
     """
     parameters = list(parameters)
     options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
@@ -38,11 +39,23 @@ def build_optimizer(
         import optimi
 
         return optimi.AdamW(parameters, **options, kahan_sum=True)
-    if name == "adamw8bit":
-        import bitsandbytes
+    if name in ("adamw8bit", "paged_adamw8bit"):
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    raise ConfigError(f"optimizer.name: {name}: valid are adamw, adamw_bf16, adamw8bit")
+        return (AdamW8bit if name == "adamw8bit" else PagedAdamW8bit)(parameters, **options)
+    raise ConfigError(f"optimizer.name: {name}: valid are adamw, adamw_bf16, adamw8bit, paged_adamw8bit")
+
+
+def put_back_pages(optimizer: torch.optim.Optimizer) -> None:
+    """After `load_state_dict`, which leaves a paged optimizer's moments in ordinary device memory."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            if parameter.is_cuda and key in state:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)  # type: ignore[attr-defined]
+                torch.cuda.synchronize()  # it is filled with zeros on the device
+                state[key] = buffer.copy_(state[key])
 
 
 def learning_rate(update: int, total: int, *, peak: float, name: str, warmup_steps: int, min_lr: float) -> float:

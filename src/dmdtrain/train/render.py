@@ -22,6 +22,7 @@ from dmdtrain.train.step import block_layout, context_timestep, for_sampling, ne
 
 Autocast = Callable[[], AbstractContextManager]
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TILED_ABOVE = 832 * 480  # pixels of a frame
 BATCH_TOKENS = 8192  # tokens of one sampling batch: many tiny videos, or one large
 
 
@@ -107,15 +108,16 @@ class Renderer:
 
         on_block: told the number of videos whose next block is done.
         """
+        if decode_tiled(self.run, shape):  # whole videos; what the sampler held is gone by then
+            parts = []
+            for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
+                parts.append(torch.cat([_told(block, on_block) for block in blocks], 2))
+            return self.decode(torch.cat(parts))
         videos = []
         with self.codec() as vae:
             for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
-                decoder, parts = StreamDecoder(vae), []
-                for block in blocks:
-                    parts.append(decoder(block).cpu())
-                    if on_block is not None:
-                        on_block(len(block))
-                videos.append(torch.cat(parts, 2))
+                decoder = StreamDecoder(vae)
+                videos.append(torch.cat([decoder(_told(block, on_block)).cpu() for block in blocks], 2))
         return torch.cat(videos)
 
     def _teacher_flow(self, prompts: list[str], guidance: float, negative: str) -> Flow:
@@ -202,7 +204,21 @@ class Renderer:
         """Videos [N, 3, T, H, W] in [-1, 1] on the CPU."""
         rows = self.batches(len(latents), tuple(latents.shape[1:]))
         with self.codec() as vae:
-            return torch.cat([decode_latents(vae, latents[r.start : r.stop]).cpu() for r in rows])
+            tiled = decode_tiled(self.run, tuple(latents.shape[1:]))
+            return torch.cat([decode_latents(vae, latents[r.start : r.stop], tiled).cpu() for r in rows])
+
+
+def _told(block: torch.Tensor, on_block: Callable[[int], None] | None) -> torch.Tensor:
+    if on_block is not None:
+        on_block(len(block))
+    return block
+
+
+def decode_tiled(run: Run, shape: tuple[int, ...]) -> bool:
+    """Whether videos of latents [C, T, H, W] are decoded in tiles."""
+    chosen = run.config.validation.tiled_decoding
+    pixels = shape[-2] * shape[-1] * run.base.spatial_factor**2
+    return pixels > TILED_ABOVE if chosen is None else chosen
 
 
 def teacher_sigmas(run: Run, steps: int, through: list[float]) -> list[float]:

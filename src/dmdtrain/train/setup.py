@@ -17,7 +17,10 @@ from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution
 from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
+from dmdtrain.models.attention import AUTO, pick_attention
 from dmdtrain.models.encode import TextCache
+from dmdtrain.models.offload import stream_blocks
+from dmdtrain.models.quantize import multiply_in_int8
 from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
 from dmdtrain.models.wan import WanFolder, find_folder, load_transformer
 from dmdtrain.train import checkpoint as checkpoints
@@ -89,8 +92,8 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
         ConfigError: with the key, what it is and what would be valid.
     """
     backends = [backend.value for backend in AttentionBackendName]
-    if config.model.attention not in backends:
-        raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join(backends)}")
+    if config.model.attention not in (AUTO, *backends):
+        raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *backends))}")
     base = find(config.model.base, "model.base")
     teacher = base if config.model.teacher is None else find(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
@@ -172,30 +175,47 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
     """Loads the models and builds the roles, those in `trained` beside the teacher."""
     config = run.config
     model = config.model
-    quantize_on = device if model.quantize_via == "device" else None
-    base = load_transformer(run.base, model.precision, model.attention, quantize_on).to(device)
+
+    def load(folder: WanFolder, precision: str) -> Any:
+        cache = None if model.quantized_cache is None else Path(model.quantized_cache).expanduser()
+        attention = pick_attention(model.attention, device, folder.transformer["attention_head_dim"])
+        quantize_on = device if model.quantize_via == "device" else None
+        transformer = load_transformer(folder, precision, attention, quantize_on, cache)
+        if model.offload_blocks:
+            stream_blocks(transformer, device)
+        if model.int8_matmul:
+            multiply_in_int8(transformer)
+        return transformer.to(device)
+
+    base = load(run.base, model.precision)
     teacher = None
     teacher_precision = model.teacher_precision or model.precision
     if run.teacher.path != run.base.path or teacher_precision != model.precision:
-        teacher = load_transformer(run.teacher, teacher_precision, model.attention, quantize_on).to(device)
-    weights = trained_dtype(config.optimizer.name)
+        teacher = load(run.teacher, teacher_precision)
     specs = adapter_specs(config)
     # Adapters draw their first values from the global generator: seed it here, and nowhere else.
     torch.manual_seed(config.train.seed)
     try:
-        return Roles(
-            base,
-            teacher=teacher,
-            trained={n: specs[n] for n in trained},
-            full_dtype=weights,
-            causal=config.rollout.causal and "student" in trained,
-            adapter_dtype=weights,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        )
+        return Roles(base, teacher=teacher, trained={n: specs[n] for n in trained}, **role_options(config, trained))
     except ValueError as error:  # PEFT: no layer matches
         raise ConfigError(
             f"student.targets: {', '.join(config.student.targets)}: {str(error).splitlines()[0]}"
         ) from None
+
+
+def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_score")) -> dict[str, Any]:
+    """What the configuration says of `Roles`."""
+    weights = trained_dtype(config.optimizer.name)
+    return {
+        "full_dtype": weights,
+        "adapter_dtype": weights,
+        "causal": config.rollout.causal and "student" in trained,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
+        "checkpoints_on_host": config.train.checkpoints_on == "host",
+        "checkpoint_replay": config.train.checkpoint_replay,
+        "autocast": config.train.mixed_precision == "bf16",
+        "compile_backend": "inductor" if config.train.compile else None,
+    }
 
 
 def text_cache(run: Run, device: torch.device) -> TextCache:

@@ -11,7 +11,9 @@ import torch
 from dmdtrain import dmd
 from dmdtrain.config import Config, ConfigError, Rollout
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
-from dmdtrain.models.causal import CausalView, KVCache, sampling_window
+from dmdtrain.models.causal import AsItIs, CausalView, KVCache, Stored, sampling_window
+from dmdtrain.models.offload import HostTensor
+from dmdtrain.models.quantize import Int8Tensor
 from dmdtrain.models.roles import RoleName, Roles
 from dmdtrain.rollout import BlockLayout, Denoiser, ExitRecord, draw_exit_steps, draw_noise, replay_backward, rollout
 from dmdtrain.train.log import Phases
@@ -41,13 +43,24 @@ class Draws:
         )
 
     def to(self, device: torch.device) -> Draws:
+        """To a GPU from pinned memory, so that the host does not wait for it."""
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            if device.type == "cuda" and not value.is_cuda:
+                value = value.pin_memory()
+            return value.to(device, non_blocking=True)
+
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Draws(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        return Draws(**{k: move(v) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
 
 
 def new_cache(settings: Rollout, evict: bool = False) -> KVCache | None:
     """An empty cache for one video; None for a bidirectional student."""
-    return KVCache(settings.local_attention_frames, settings.sink_frames, evict) if settings.causal else None
+    if not settings.causal:
+        return None
+    stores: dict[str, Callable[[torch.Tensor], Stored]]
+    stores = {"device": AsItIs, "int8": Int8Tensor.of, "host": HostTensor}
+    return KVCache(settings.local_attention_frames, settings.sink_frames, evict, stores[settings.kv_cache])
 
 
 def for_sampling(settings: Rollout, num_frames: int) -> Rollout:
@@ -148,7 +161,7 @@ class Distiller:
 
     def draw(self, n: int, generator: torch.Generator) -> Draws:
         """All randomness of an update of n videos, on the CPU: the same numbers on every device."""
-        settings, rolling, dropout = self.config.dmd, self.config.rollout, self.config.data.caption_dropout
+        rolling = self.config.rollout
         several = len(self.layouts) > 1
         layout = self.layouts[int(torch.randint(len(self.layouts), (1,), generator=generator)) if several else 0]
         exit_steps = draw_exit_steps(
@@ -160,10 +173,28 @@ class Distiller:
         )
         channels, _, *size = self.latent_shape
         noise = draw_noise(num_draws(rolling, self.timesteps), (n, channels, layout.num_frames, *size), generator)
-        # One score timestep serves all frames (the teacher is bidirectional): the last block's exit step bounds it.
-        low, high = score_range(self.config, self.timesteps, exit_steps[-1])
+        scored = min(layout.num_frames, rolling.num_gradient_frames or layout.num_frames)
+        return Draws(
+            layout, noise, *self._draw_scores((n, channels, scored, *size), exit_steps[-1], generator), exit_steps
+        )
+
+    def redraw_scores(self, draws: Draws, generator: torch.Generator) -> Draws:
+        """The same rollout, to be scored elsewhere: for a second update on its videos."""
+        drawn = self._draw_scores(tuple(draws.score_noise.shape), draws.exit_steps[-1], generator)
+        fresh = dict(zip(("score_noise", "score_timestep", "uncaptioned"), drawn, strict=True))
+        return replace(draws, **fresh).to(self.device)
+
+    def _draw_scores(
+        self, shape: tuple[int, ...], exit_step: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(noise, timesteps, which samples lose their caption) of videos [n, C, t, H, W] whose last block left at `exit_step`.
+
+        One score timestep serves all frames, since the teacher is bidirectional.
+        """
+        settings = self.config.dmd
+        low, high = score_range(self.config, self.timesteps, exit_step)
         score_timestep = dmd.sample_score_timesteps(
-            n,
+            shape[0],
             generator,
             low,
             high,
@@ -171,16 +202,22 @@ class Distiller:
             min_timestep=1000 * settings.min_timestep_ratio,
             max_timestep=1000 * settings.max_timestep_ratio,
         )
-        scored = min(layout.num_frames, rolling.num_gradient_frames or layout.num_frames)
-        score_noise = torch.randn((n, channels, scored, *size), generator=generator)
-        uncaptioned = torch.rand(n, generator=generator) < dropout
-        return Draws(layout, noise, score_noise, score_timestep, uncaptioned, exit_steps)
+        score_noise = torch.randn(shape, generator=generator)
+        uncaptioned = torch.rand(shape[0], generator=generator) < self.config.data.caption_dropout
+        return score_noise, score_timestep, uncaptioned
 
-    def _roll_out(self, student: Denoiser, draws: Draws) -> tuple[torch.Tensor, list[ExitRecord]]:
+    def _roll_out(
+        self, student: Denoiser, draws: Draws, for_replay: bool = False
+    ) -> tuple[torch.Tensor, list[ExitRecord]]:
         """The scored frames [b, C, t, H, W] of a rollout, and what its replay needs."""
-        timestep = context_timestep(self.config.rollout)
         result = rollout(
-            student, draws.noise, self.timesteps, draws.layout, draws.exit_steps, context_timestep=timestep
+            student,
+            draws.noise,
+            self.timesteps,
+            draws.layout,
+            draws.exit_steps,
+            context_timestep=context_timestep(self.config.rollout),
+            keep_last_graph=for_replay,
         )
         return result.x0[:, :, -draws.score_noise.shape[2] :], result.records
 
@@ -191,29 +228,33 @@ class Distiller:
         self, name: RoleName, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """x0 of a score model, guided in standard form; one pass where guidance is off."""
+        uncond = self.uncond.expand(len(context), -1, -1)
         with self.autocast():
             if scale in (0, 1):
                 flow = self.roles.flow(name, noisy, timestep, context)
-            else:
-                both = torch.cat([context, self.uncond.expand(len(context), -1, -1)])
+            elif self.config.train.batched_guidance:
+                both = torch.cat([context, uncond])
                 flows = self.roles.flow(name, noisy.repeat(2, 1, 1, 1, 1), timestep.repeat(2), both)
-                cond, uncond = flows.float().chunk(2)
-                flow = dmd.guide(cond, uncond, scale)
+                cond_flow, uncond_flow = flows.float().chunk(2)
+                flow = dmd.guide(cond_flow, uncond_flow, scale)
+            else:
+                cond_flow = self.roles.flow(name, noisy, timestep, context).float()
+                flow = dmd.guide(cond_flow, self.roles.flow(name, noisy, timestep, uncond).float(), scale)
         return x0_from_flow(noisy, flow, sigma_from_timestep(timestep))
 
-    def student_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
+    def student_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> tuple[Stats, torch.Tensor]:
         """Accumulates the student's gradient over one micro-batch.
 
         Args:
             context: [b, L, D]. draws: of the b videos. weight: the micro-batch's share of the update, b / n.
 
         Returns:
-            scalars, each the micro-batch's mean.
+            scalars, each the micro-batch's mean; the videos' scored frames [b, C, t, H, W].
         """
         settings = self.config.dmd
         student = self._student(context)
         with self.phases("rollout"):
-            x0, records = self._roll_out(student, draws)
+            x0, records = self._roll_out(student, draws, for_replay=True)
         with torch.no_grad(), self.phases("scores"):
             noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
             score_args = (noisy, draws.score_timestep, context)
@@ -231,12 +272,18 @@ class Distiller:
         }
         with self.phases("replay"):
             replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
-        return stats
+        return stats, x0
 
-    def critic_backward(self, context: torch.Tensor, draws: Draws, weight: float = 1.0) -> Stats:
-        """Accumulates the fake score's gradient over one micro-batch; arguments as in `student_backward`."""
-        with self.phases("rollout"):
-            x0, _ = self._roll_out(self._student(context), draws)
+    def critic_backward(
+        self, context: torch.Tensor, draws: Draws, weight: float = 1.0, x0: torch.Tensor | None = None
+    ) -> tuple[Stats, torch.Tensor]:
+        """Accumulates the fake score's gradient over one micro-batch; otherwise as `student_backward`.
+
+        x0: the videos, where they are there already; None: the student makes them.
+        """
+        if x0 is None:
+            with self.phases("rollout"):
+                x0, _ = self._roll_out(self._student(context), draws)
         with self.phases("critic"):
             noisy = add_noise(x0, draws.score_noise, sigma_from_timestep(draws.score_timestep))
             seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
@@ -244,4 +291,4 @@ class Distiller:
                 flow = self.roles.flow("fake_score", noisy, draws.score_timestep, seen)
             loss = dmd.critic_loss(flow.float(), x0, draws.score_noise).mean()
             (loss * weight).backward()
-        return {"critic_loss": loss.detach()}
+        return {"critic_loss": loss.detach()}, x0

@@ -19,6 +19,7 @@ from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import validation
+from dmdtrain.train.batches import Batch, Batches
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
@@ -140,39 +141,54 @@ class Trainer:
                 weight_decay=critic.weight_decay,
             ),
         }
-        ema = self.config.ema
-        self.ema = Ema(self.roles.named_parameters("student"), ema.decay, ema.every) if ema.enabled else None
-        self.prompts = EpochSampler(run.prompts, self.config.train.seed)
-        self.generator = torch.Generator().manual_seed(self.config.train.seed + 1)
+        ema, averaged = self.config.ema, self.roles.named_parameters("student")
+        where = torch.device("cpu") if ema.keep_on == "host" else None
+        self.ema = Ema(averaged, ema.decay, ema.every, where) if ema.enabled else None
+        sampler = EpochSampler(run.prompts, self.config.train.seed)
+        n = self.config.samples_per_update
+        self.batches = Batches(n, sampler, self.text, self.distiller, self.config.train.seed + 1)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
-        flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
-        self.flops = {name: sum(phases.values()) for name, phases in flops.items()}
+        self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        self._seconds: dict[str, float] = {}  # of the updates of this step
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def _update(self, name: str) -> Stats | None:
-        """One update of `student` or `fake_score` over all micro-batches; None where it was not finite and was skipped."""
+    def _update(self, name: str, batch: Batch, videos: torch.Tensor | None = None) -> tuple[Stats | None, torch.Tensor]:
+        """One update of `student` or `fake_score` over all micro-batches.
+
+        videos: of the batch, for the fake score, where they are there already.
+
+        Returns:
+            statistics, or None where the update was not finite and was skipped; the videos [n, C, t, H, W].
+        """
+        started = time.perf_counter()
         config, parameters = self.config, self.roles.parameters(name)
-        backward = self.distiller.student_backward if name == "student" else self.distiller.critic_backward
         n, micro = config.samples_per_update, config.train.batch_size
-        context = self.text.get(self.prompts.draw(n))
-        draws = self.distiller.draw(n, self.generator).to(self.device)
         total: Stats = {}
+        made = []
         for start in range(0, n, micro):
             rows = slice(start, start + micro)
-            stats = backward(context[rows], draws.rows(rows.start, rows.stop), micro / n)
+            part = (batch.context[rows], batch.draws.rows(rows.start, rows.stop), micro / n)
+            if name == "student":
+                stats, x0 = self.distiller.student_backward(*part)
+            else:
+                stats, x0 = self.distiller.critic_backward(*part, x0=None if videos is None else videos[rows])
+            made.append(x0)
             for key, value in stats.items():
                 total[key] = total.get(key, 0) + value * (micro / n)
+        self.batches.prefetch()
         clip, method = (
             (config.optimizer.grad_clip, config.optimizer.grad_clip_method)
             if name == "student"
             else (config.fake_score.grad_clip, "norm")
         )
         losses = [value for key, value in total.items() if key.endswith("loss")]
-        norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
-        return total | {f"{name}_grad_norm": norm} if finite else None
+        with self.distiller.phases("optimizer"):
+            norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
+        self._seconds[name] = time.perf_counter() - started
+        return total | {f"{name}_grad_norm": norm} if finite else None, torch.cat(made)
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -185,36 +201,47 @@ class Trainer:
             min_lr=schedule.min_lr,
         )
 
+    def _student_update(self, batch: Batch, lr: float) -> tuple[Stats | None, torch.Tensor]:
+        for group in self.optimizers["student"].param_groups:
+            group["lr"] = lr
+        stats, videos = self._update("student", batch)
+        # Counted even where it was skipped, so that the schedule keeps its length.
+        self.student_updates += 1
+        if stats is not None and self.ema is not None:
+            self.ema.update(self.student_updates)
+        return stats, videos
+
     def train_step(self) -> dict[str, float]:
-        """The fake score's update, and at every generator_update_interval-th step the student's."""
+        """The fake score's update, and at every generator_update_interval-th step the student's.
+
+        With fake_score.reuse_rollout, at such a step, the student's comes first and leaves its videos to the fake score.
+        """
         self.step += 1
-        started = time.perf_counter()
-        values: Stats = {}
-        bad = False
-        stats = self._update("fake_score")
-        bad |= stats is None
-        values |= stats or {}
-        critic_seconds = time.perf_counter() - started
         lr = self._learning_rate()
-        student_seconds = 0.0
-        if self.step % self.config.dmd.generator_update_interval == 0:
-            for group in self.optimizers["student"].param_groups:
-                group["lr"] = lr
-            stats = self._update("student")
-            bad |= stats is None
-            values |= stats or {}
-            # Counted even where it was skipped, so that the schedule keeps its length.
-            self.student_updates += 1
-            if stats is not None and self.ema is not None:
-                self.ema.update(self.student_updates)
-            student_seconds = time.perf_counter() - started - critic_seconds
+        due = self.step % self.config.dmd.generator_update_interval == 0
+        reused = due and self.config.fake_score.reuse_rollout
+        student: Stats | None = {}
+        if reused:
+            batch = self.batches.take()
+            again = batch._replace(draws=self.distiller.redraw_scores(batch.draws, self.batches.generator))
+            student, videos = self._student_update(batch, lr)
+            critic, _ = self._update("fake_score", again, videos)
+        else:
+            critic, _ = self._update("fake_score", self.batches.take())
+            if due:
+                student, _ = self._student_update(self.batches.take(), lr)
+        bad = critic is None or student is None
+        values = (critic or {}) | (student or {})
+        seconds, self._seconds = self._seconds, {}
         count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
         numbers = {key: float(value) for key, value in values.items()}
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
-        numbers |= {"seconds_fake_score": critic_seconds, "seconds_student": student_seconds}
-        numbers |= self.distiller.phases.take()
-        done = self.flops["fake_score"] + (self.flops["student"] if student_seconds else 0.0)
-        numbers["model_tflops_per_second"] = done / (critic_seconds + student_seconds) / 1e12
+        numbers |= {
+            f"seconds_{name}": seconds.get(name, 0.0) for name in self.optimizers
+        } | self.distiller.phases.take()
+        flops = sum(sum(self.flops[name].values()) for name in seconds)
+        flops -= self.flops["fake_score"]["rollout"] if reused else 0.0
+        numbers["model_tflops_per_second"] = flops / sum(seconds.values()) / 1e12
         if self.rate is not None:
             numbers["model_flop_utilisation"] = numbers["model_tflops_per_second"] * 1e12 / self.rate
         return numbers | {"memory_gib": peak_memory_gib(self.device)}
@@ -229,8 +256,7 @@ class Trainer:
             checkpoints.save_optimizer(name, optimizer, tensors, texts)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights
-        tensors["random"] = {"draws": self.generator.get_state()}
-        tensors["random"] |= {f"prompts.{k}": v for k, v in self.prompts.state_dict().items()}
+        tensors["random"] = self.batches.state_dict()
         counters = {name: getattr(self, name) for name in COUNTERS}
         texts["state.json"] = json.dumps({"stage": "dmd"} | counters) + "\n"
         root = self.run.output_dir / CHECKPOINTS
@@ -242,10 +268,8 @@ class Trainer:
             checkpoints.load_optimizer(name, optimizer, folder)
         if self.ema is not None:
             self.ema.load(checkpoints.read_tensors(folder, "ema"))
-        random = checkpoints.read_tensors(folder, "random")
-        self.generator.set_state(random.pop("draws"))
         try:
-            self.prompts.load_state_dict({k.removeprefix("prompts."): v for k, v in random.items()})
+            self.batches.load_state_dict(checkpoints.read_tensors(folder, "random"))
         except ValueError as error:
             raise ConfigError(f"data.prompts: {error}; an exact resume needs the same prompts") from None
         state = checkpoints.read_json(folder, "state.json")

@@ -1,0 +1,237 @@
+"""Host memory for what the device need not hold all the time: gradient checkpoints and the weights of frozen blocks.
+
+Copies go over a stream of their own and are asked for one step ahead, so that the device computes meanwhile. Nothing here
+changes a number. On a machine without a GPU the same code copies within host memory, and `on_host` tells an accounting which
+side a tensor belongs to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmdtrain.models.quantize import dense_of
+
+_making_host_tensors = False
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@contextmanager
+def _host_tensors() -> Iterator[None]:
+    global _making_host_tensors
+    _making_host_tensors = True
+    try:
+        yield
+    finally:
+        _making_host_tensors = False
+
+
+def on_host() -> bool:
+    """Whether the tensors that are made at this moment stand for host memory."""
+    return _making_host_tensors
+
+
+def copy_stream(device: torch.device) -> Any:
+    """The stream of copies to and from a device; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+class HostTensor:
+    """A copy of a tensor in host memory, pinned where the device is CUDA.
+
+    Args:
+        tensor: on the device, or on the host already. device: where `get` brings it; None: where the tensor is.
+    """
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device | None = None):
+        self.device = device or tensor.device
+        stream = copy_stream(self.device)
+        with _host_tensors():
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=stream is not None)
+        self._ahead: tuple[torch.Tensor, Any] | None = None
+        if stream is None:
+            self.host.copy_(tensor)
+            return
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(tensor, non_blocking=True)
+        if tensor.is_cuda:
+            tensor.record_stream(stream)  # its memory is not given to others before it is copied
+
+    def prefetch(self) -> None:
+        """Starts the copy to the device."""
+        if self._ahead is None:
+            stream = copy_stream(self.device)
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                there = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
+                there.copy_(self.host, non_blocking=True)
+            self._ahead = there, None if stream is None else stream.record_event()
+
+    def forget(self) -> None:
+        """Gives up a copy that was asked for."""
+        self._ahead = None
+
+    def get(self) -> torch.Tensor:
+        """The tensor on the device, for the stream that is current."""
+        self.prefetch()
+        assert self._ahead is not None
+        (there, event), self._ahead = self._ahead, None
+        if event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            there.record_stream(current)
+        return there
+
+
+# ------------------------------------------------------------------------------------------- gradient checkpoints
+
+
+class HostCheckpoints:
+    """Gradient checkpointing of a model's blocks with the checkpoints in host memory: in backward, each is brought back while
+    the block after it is computed."""
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[_Saved] | None = None
+
+    def __call__(self, run: Callable[..., torch.Tensor], hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """`run(hidden, *rest)`; of what it saw, hidden goes to the host. The rest is shared by all blocks and stays."""
+        saved = _Saved(hidden, None if self._last is None else self._last())
+        self._last = weakref.ref(saved)
+        # Where no input needs a gradient the trained weights inside still do.
+        anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+        return _HostCheckpoint.apply(run, saved, anchor, hidden, *rest)
+
+
+class _Saved:
+    def __init__(self, hidden: torch.Tensor, before: _Saved | None):
+        self.tensor: HostTensor | None = HostTensor(hidden.detach())
+        self.before = None if before is None else weakref.ref(before)
+
+    def take(self) -> torch.Tensor:
+        assert self.tensor is not None, "a graph is gone through backwards once"
+        hidden, self.tensor = self.tensor.get(), None
+        before = self.before() if self.before is not None else None
+        if before is not None and before.tensor is not None:
+            before.tensor.prefetch()
+        return hidden
+
+
+class _HostCheckpoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Any, saved: _Saved, anchor: torch.Tensor, hidden: torch.Tensor, *rest: Any) -> Any:
+        ctx.run, ctx.saved, ctx.rest = run, saved, rest
+        kind = hidden.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        # As in the recompute: what looks at the grad mode must find the same.
+        with torch.enable_grad():
+            return run(hidden.detach(), *_detached(rest)).detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[3:]
+        inputs = [ctx.saved.take(), *_detached(ctx.rest)]
+        for value, wanted in zip(inputs, needed, strict=True):
+            if wanted:
+                value.requires_grad_()
+        kind, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=enabled):
+            out = ctx.run(*inputs)
+        torch.autograd.backward(out, grad)
+        return None, None, None, *(value.grad if wanted else None for value, wanted in zip(inputs, needed, strict=True))
+
+
+def _detached(values: tuple[Any, ...]) -> list[Any]:
+    return [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+# -------------------------------------------------------------------------------------------------- frozen weights
+
+
+class BlockStream:
+    """Frozen weights of a model's blocks in host memory; on the device are the block that is computed and the next one, in
+    whichever direction the pass goes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._blocks: list[list[HostTensor]] = []
+        self._here: list[torch.Tensor] = []
+        self._current = self._next = -1
+
+    def add(self, block: int, weight: torch.Tensor) -> int:
+        """Takes a weight over; its place among the block's."""
+        while len(self._blocks) <= block:
+            self._blocks.append([])
+        self._blocks[block].append(HostTensor(weight, self.device))
+        return len(self._blocks[block]) - 1
+
+    def weight(self, block: int, place: int) -> torch.Tensor:
+        """One weight on the device, for use at once."""
+        if block != self._current:
+            step = -1 if block == self._current - 1 else 1
+            if self._next not in (-1, block):  # the pass turned round
+                for weight in self._blocks[self._next]:
+                    weight.forget()
+            self._current, self._next = block, (block + step) % len(self._blocks)
+            self._here = []
+            self._here = [weight.get() for weight in self._blocks[block]]
+            if self._next != block:
+                for weight in self._blocks[self._next]:
+                    weight.prefetch()
+        return self._here[place]
+
+
+class StreamedLinear(nn.Linear):
+    """A frozen linear layer whose weight lies in host memory. Bias, scales and whatever is trained on it stay on the device.
+
+    Its `weight` is empty; it tells PEFT where the layer runs.
+    """
+
+    def __init__(self, linear: nn.Linear, stream: BlockStream, block: int):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.stream, self.block = stream, block
+        self.place = stream.add(block, linear.weight.data)
+        self._dense, self.compute_dtype = dense_of(linear, stream.device)
+        self.weight = nn.Parameter(torch.empty(0, device=stream.device), requires_grad=False)
+        self.bias = linear.bias
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in] on the device."""
+        return self._dense(self.stream.weight(self.block, self.place), dtype)
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wanted = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            wanted = torch.get_autocast_dtype(x.device.type)
+        out = _StreamedMatmul.apply(x.to(self.compute_dtype or wanted), self).to(wanted)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _StreamedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: StreamedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return x @ layer.dense(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ ctx.layer.dense(grad.dtype), None
+
+
+def stream_blocks(transformer: Any, device: torch.device) -> None:
+    """Puts the weights of all frozen linear layers of a transformer's blocks into host memory, in place."""
+    stream = BlockStream(device)
+    for index, block in enumerate(transformer.blocks):
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, StreamedLinear(layer, stream, index))

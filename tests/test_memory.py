@@ -1,0 +1,476 @@
+"""Options that save memory or time: what they compute is the same, and what they hold is less. Sizes by live storages."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import done, refused, run_cli, tiny_transformer
+from torch import nn
+
+from dmdtrain.config import build
+from dmdtrain.data.prompts import EpochSampler
+from dmdtrain.models import quantize
+from dmdtrain.models.attention import pick_attention, works
+from dmdtrain.models.decode import decode_latents
+from dmdtrain.models.offload import HostTensor, StreamedLinear, stream_blocks
+from dmdtrain.models.quantize import Int8Linear, Int8Tensor, int8_matmul, quantized_linear
+from dmdtrain.models.roles import AdapterSpec, Roles
+from dmdtrain.models.wan import find_folder, load_transformer, load_vae
+from dmdtrain.train.accounting import LiveBytes, PeakPhases
+from dmdtrain.train.batches import Batches
+from dmdtrain.train.setup import resolve
+from dmdtrain.train.step import Distiller
+from dmdtrain.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPECS = {name: AdapterSpec(4, 8, ("to_q", "to_k", "to_v", "ffn.net.0.proj")) for name in ("student", "fake_score")}
+SHAPE = (4, 3, 8, 12)
+LAYERS = 5
+CONTEXT, UNCOND = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(5)), torch.zeros(1, 8, 16)
+CAUSAL = {"causal": True, "num_frame_per_block": 1}
+
+
+def make(rollout: dict | None = None, train: dict | None = None, precision: str = "fp32", stream=False, **options):
+    """A Distiller on a model of five blocks, the same weights whatever the options."""
+    base = tiny_transformer(num_layers=LAYERS)
+    if precision != "fp32":
+        for name, layer in list(base.blocks.named_modules()):
+            if type(layer) is nn.Linear:
+                parent, _, child = name.rpartition(".")
+                made = quantized_linear(layer.weight.data, layer.bias, precision)
+                setattr(base.blocks.get_submodule(parent), child, made)
+    base.requires_grad_(False)
+    if stream:
+        stream_blocks(base, torch.device("cpu"))
+    values = {"rollout": {"num_training_frames": 3, **(rollout or {})}, "validation": {"num_frames": 9}}
+    config = build(values | {"train": {"mixed_precision": "no", **(train or {})}})
+    torch.manual_seed(3)
+    options = {"gradient_checkpointing": True} | options
+    roles = Roles(base, trained=SPECS, init_lora_weights=False, causal=config.rollout.causal, **options)
+    return Distiller(roles, config, [1000.0, 757.0, 522.0], SHAPE, UNCOND)
+
+
+def gradients(distiller: Distiller, live: LiveBytes | None = None) -> dict[str, torch.Tensor]:
+    """Of one update of each role, from the same draws."""
+    draws = distiller.draw(2, torch.Generator().manual_seed(1))
+    found = {}
+    for name, backward in (("student", distiller.student_backward), ("fake_score", distiller.critic_backward)):
+        if live is None:
+            backward(CONTEXT, draws)
+        else:
+            with live:
+                backward(CONTEXT, draws)
+        own = distiller.roles.named_parameters(name)
+        found |= {f"{name} {key}": p.grad.clone() for key, p in own.items()}
+        assert all(g.any() for g in found.values())
+        for p in own.values():
+            p.grad = None
+    return found
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    square = sum((a[key] - b[key]).double().square().sum() for key in a)
+    return float((square / sum(g.double().square().sum() for g in b.values())).sqrt())
+
+
+# ------------------------------------------------------------------------------------------------- the same numbers
+
+CASES = {
+    "checkpoints on the host": (0.0, {}, {"checkpoints_on_host": True}),
+    "causal, checkpoints on the host": (0.0, {"rollout": CAUSAL}, {"checkpoints_on_host": True}),
+    "autocast, checkpoints on the host": (0.0, {"train": {"mixed_precision": "bf16"}}, {"checkpoints_on_host": True}),
+    "replay without recompute": (1e-6, {"rollout": CAUSAL}, {"checkpoint_replay": False}),
+    "cache on the host": (0.0, {"rollout": CAUSAL}, {"rollout": CAUSAL | {"kv_cache": "host"}}),
+    "cache in int8": (0.02, {"rollout": CAUSAL}, {"rollout": CAUSAL | {"kv_cache": "int8"}}),
+    "one guided pass after the other": (1e-5, {}, {"train": {"batched_guidance": False}}),
+    "blocks on the host": (0.0, {}, {"stream": True}),
+    "causal, blocks on the host": (0.0, {"rollout": CAUSAL}, {"stream": True}),
+    "int8 blocks on the host": (0.0, {"precision": "int8"}, {"stream": True}),
+    "nf4 blocks on the host": (1e-2, {"precision": "nf4"}, {"stream": True}),
+    "all on the host": (
+        0.0,
+        {"rollout": CAUSAL, "precision": "int8"},
+        {"rollout": CAUSAL | {"kv_cache": "host"}, "stream": True, "checkpoints_on_host": True},
+    ),
+    "autocast, no float32 copies for adapters": (
+        0.0,
+        {"train": {"mixed_precision": "bf16"}},
+        {"train": {"mixed_precision": "bf16"}, "autocast": True},
+    ),
+    "causal, compiled": (1e-5, {"rollout": CAUSAL}, {"compile_backend": "aot_eager"}),
+    "int8, compiled, checkpoints on the host": (
+        1e-5,
+        {"precision": "int8"},
+        {"compile_backend": "aot_eager", "checkpoints_on_host": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_option_changes_no_gradient_beyond_its_rounding(case):
+    close, base, changed = CASES[case]
+    wanted, found = gradients(make(**base)), gradients(make(**base | changed))
+    assert apart(found, wanted) <= close
+    if "int8" in case.split():
+        assert apart(found, wanted) > 0 or "cache" not in case  # it does round
+
+
+def test_a_growing_cache_compiles_nothing_again():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    distiller = make(CAUSAL, compile_backend="aot_eager")
+    short = build({"rollout": {"num_training_frames": 2, **CAUSAL}, "validation": {"num_frames": 9}})
+    counts = []
+    for config, shape in ((short, (4, 2, 8, 12)), (distiller.config, SHAPE)):
+        own = Distiller(distiller.roles, config, [1000.0, 757.0, 522.0], shape, UNCOND)
+        own.config = config.model_copy(update={"train": distiller.config.train})
+        counters.clear()
+        draws = own.draw(2, torch.Generator().manual_seed(1))
+        own._roll_out(own._student(CONTEXT), draws)
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] > 0 and counts[1] == 0  # the third block, with a longer cache, ran what the second had compiled
+
+
+def test_all_blocks_share_their_graphs():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    assert apart(gradients(make(compile_backend="aot_eager")), gradients(make())) < 1e-5
+    # Teacher without gradient, the other two with and without, and the guided batch's larger size once.
+    assert 0 < counters["stats"]["unique_graphs"] <= 10
+
+
+# --------------------------------------------------------------------------------------------------- what is held
+
+
+def held(**options) -> LiveBytes:
+    distiller, live = make(**options), LiveBytes()
+    gradients(distiller, live)
+    return live
+
+
+def test_checkpoints_on_the_host_leave_the_device():
+    plain, moved = held(), held(checkpoints_on_host=True)
+    checkpoint = 4 * 2 * 3 * 4 * 6 * 24  # float32 [2 videos, 3 x 4 x 6 tokens, 24]
+    assert plain.host_peak == 0 and moved.host_peak == LAYERS * checkpoint
+    # All but the one at hand and the one that is brought back beside it.
+    assert plain.peak - moved.peak == pytest.approx((LAYERS - 3) * checkpoint, abs=2 * checkpoint)
+
+
+def test_under_autocast_adapters_keep_no_float32_copies_of_activations():
+    saved = []
+    for autocast in (False, True):
+        distiller, kept = make(train={"mixed_precision": "bf16"}, autocast=autocast, gradient_checkpointing=False), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            distiller._roll_out(distiller._student(CONTEXT), distiller.draw(2, torch.Generator()), for_replay=True)
+        saved.append(sum(t.nbytes for t in {id(t.untyped_storage()): t for t in kept}.values()))
+    assert saved[1] < 0.97 * saved[0]
+
+
+def test_a_cache_on_the_host_or_in_int8_is_smaller_on_the_device():
+    plain, int8, host = (held(rollout=CAUSAL | {"kv_cache": kind}) for kind in ("device", "int8", "host"))
+    stored = 2 * 4 * LAYERS * 2 * 2 * 4 * 6 * 24  # keys and values of two of three frames, float32
+    assert host.host_peak == stored and plain.host_peak == int8.host_peak == 0
+    x = torch.randn(2, 7, 3, 12)
+    kept = Int8Tensor.of(x)
+    assert kept.values.nbytes + kept.scale.nbytes == x.numel() + 4 * x.numel() // 12
+
+    def rollout_peak(kind: str) -> int:
+        distiller, live = make(CAUSAL | {"kv_cache": kind}), LiveBytes()
+        draws = distiller.draw(2, torch.Generator().manual_seed(1))
+        with live:
+            distiller.phases = PeakPhases(live, phases := {})
+            distiller.student_backward(CONTEXT, draws)
+        return phases["rollout"]
+
+    assert rollout_peak("host") < rollout_peak("int8") < rollout_peak("device")
+
+
+def test_streamed_blocks_hold_two_of_five():
+    weights = sum(
+        layer.weight.nbytes for layer in tiny_transformer().blocks[0].modules() if isinstance(layer, nn.Linear)
+    )
+    base = tiny_transformer(num_layers=LAYERS).requires_grad_(False)
+    live = LiveBytes()
+    with live, torch.no_grad():
+        stream_blocks(base, torch.device("cpu"))
+        assert live.host == LAYERS * weights
+        for tensor in (*base.parameters(), *base.buffers(), CONTEXT):
+            live.add(tensor)
+        start = live.now
+        for _ in range(2):
+            base(torch.randn(1, *SHAPE), torch.tensor([500.0]), CONTEXT[:1])
+        kept = live.now - start
+    assert kept == 2 * weights
+    assert all(isinstance(m, StreamedLinear) for m in base.blocks.modules() if isinstance(m, nn.Linear))
+    assert not any(
+        isinstance(m, StreamedLinear) for m in (base.proj_out, base.condition_embedder.text_embedder.linear_1)
+    )
+
+
+def test_replay_without_recompute_runs_fewer_forwards():
+    counts = []
+    for recompute in (True, False):
+        distiller = make(CAUSAL, checkpoint_replay=recompute)
+        seen = []
+        distiller.roles.roles["student"].module.blocks[0].register_forward_pre_hook(
+            lambda *_, seen=seen: seen.append(1)
+        )
+        distiller.student_backward(CONTEXT, distiller.draw(2, torch.Generator().manual_seed(1)))
+        counts.append(len(seen))
+    assert counts[0] - counts[1] == 3  # one recompute a block
+
+
+def test_a_host_tensor_comes_back_whole_as_often_as_wanted():
+    x = torch.randn(3, 5)[:, ::2]
+    kept = HostTensor(x)
+    kept.prefetch()
+    for _ in range(2):
+        assert torch.equal(kept.get(), x)
+    kept.prefetch()
+    kept.forget()
+    assert torch.equal(kept.get(), x)
+
+
+# ------------------------------------------------------------------------------------------------------------- int8
+
+
+def test_int8_products_are_close_and_for_passes_without_gradient_alone():
+    layer = Int8Linear.from_weight(torch.randn(32, 64), None)
+    x = torch.randn(3, 20, 64) * torch.tensor([0.01, 1.0, 100.0]).view(3, 1, 1)  # every token has its own scale
+    with torch.no_grad():
+        exact = layer(x)
+        layer.multiply_in_int8 = True
+        rounded = layer(x)
+    for a, b in zip(rounded, exact, strict=True):
+        assert 0 < (a - b).norm() / b.norm() < 0.02
+    assert torch.equal(rounded, int8_matmul(x, layer.weight, layer.scale))
+    assert torch.equal(layer(x), exact)  # with gradients on
+
+
+def test_int8_products_reach_a_run(settings, tmp_path):
+    settings["model"] |= {"precision": "int8"}
+    losses = []
+    for value in (False, True):
+        settings["model"]["int8_matmul"] = value
+        settings["output_dir"] = str(tmp_path / f"run-{value}")
+        settings["validation"]["every"] = 0
+        losses.append([line["dmd_loss"] for line in fit(settings, tmp_path) if "dmd_loss" in line])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------- the quantized cache
+
+
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_a_quantized_base_is_found_again_to_the_bit(wan_folder, tmp_path, monkeypatch, kind):
+    folder = find_folder(str(wan_folder), "model.base")
+    first = load_transformer(folder, kind, quantized_cache=tmp_path / "kept")
+    monkeypatch.setattr(quantize, "quantized_linear", lambda *_: pytest.fail("it was quantized again"))
+    again = load_transformer(folder, kind, quantized_cache=tmp_path / "kept")
+    a, b = first.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+    spec = {"student": AdapterSpec(4, 8, ("to_q",))}
+    inputs = torch.randn(1, *SHAPE), torch.tensor([300.0]), CONTEXT[:1]
+    outs = []
+    for model in (first, again):
+        torch.manual_seed(0)
+        roles = Roles(model, trained=spec, init_lora_weights=False)
+        out = roles.flow("student", *inputs)
+        out.square().mean().backward()
+        outs.append((out, roles.parameters("student")[0].grad))
+    assert all(torch.equal(x, y) for x, y in zip(*outs, strict=True))
+
+
+def test_a_damaged_or_outdated_quantized_base_is_made_again(wan_folder, tmp_path):
+    folder = find_folder(str(wan_folder), "model.base")
+    wanted = load_transformer(folder, "int8", quantized_cache=tmp_path).state_dict()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    found = load_transformer(folder, "int8", quantized_cache=tmp_path).state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and file.stat().st_size > 1000
+    weights = Path(folder.path / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights.touch()
+    load_transformer(folder, "int8", quantized_cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    load_transformer(folder, "nf4", quantized_cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def test_auto_picks_what_runs():
+    cpu = torch.device("cpu")
+    assert pick_attention("auto", cpu, 12) == "native" and pick_attention("_native_math", cpu, 12) == "_native_math"
+    assert works("native", cpu, 12) and not works("flash", cpu, 12) and not works("_flash_3", cpu, 12)
+
+
+# ------------------------------------------------------------------------------------------------- the codec's tiles
+
+
+def test_tiles_are_the_codecs_own_and_close_to_the_whole(wan_folder):
+    vae = load_vae(find_folder(str(wan_folder), "model.base"))
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 64
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 48
+    latents = torch.randn(2, 4, 2, 10, 12)
+    whole, tiled = decode_latents(vae, latents), decode_latents(vae, latents, tiled=True)
+    assert whole.shape == tiled.shape and not torch.equal(whole, tiled)
+    assert (whole - tiled).square().mean() < 0.1 * whole.var()
+
+
+@pytest.mark.parametrize(("chosen", "tiled"), [(None, False), (True, True)])
+def test_tiles_where_they_are_wanted(settings, tmp_path, monkeypatch, chosen, tiled):
+    from diffusers import AutoencoderKLWan
+
+    calls, work = [], AutoencoderKLWan.tiled_decode
+    monkeypatch.setattr(AutoencoderKLWan, "tiled_decode", lambda *a, **k: calls.append(1) or work(*a, **k))
+    settings["validation"]["tiled_decoding"] = chosen
+    fit(settings, tmp_path)
+    ckpt = tmp_path / "run" / "checkpoints" / "step-000004"
+    done("generate", "--ckpt", ckpt, "a dog", "--out", tmp_path / "dog.mp4")
+    assert len(calls) == (3 if tiled else 0)  # two of validation, and the one that was generated
+
+
+def test_large_frames_are_decoded_in_tiles_by_themselves(settings):
+    from dmdtrain.train.render import decode_tiled
+
+    run = resolve(build(settings))
+    assert not decode_tiled(run, (4, 3, 60, 104)) and decode_tiled(run, (4, 3, 88, 160))
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+def fit(settings: dict, folder, *args: str) -> list[dict]:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    result = run_cli("fit", file, *args)
+    assert result.exit_code == 0, (result.output, result.exception)
+    lines = (Path(settings["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "critic_loss" in line]
+
+
+def test_a_run_with_everything_on_the_host_is_the_same_run(settings, tmp_path):
+    settings["validation"]["every"] = 0
+    settings["rollout"] |= CAUSAL
+    settings["validation"]["num_frames"] = 9
+    settings["train"]["gradient_checkpointing"] = True
+    wanted = fit(settings, tmp_path)
+    settings["model"]["offload_blocks"] = True
+    settings["train"]["checkpoints_on"] = settings["ema"]["keep_on"] = settings["rollout"]["kv_cache"] = "host"
+    settings["output_dir"] = str(tmp_path / "host")
+    fit(settings, tmp_path, "--max-steps", "2")
+    found = fit(settings, tmp_path)
+    for a, b in zip(found, wanted, strict=True):
+        for key in ("critic_loss", "fake_score_grad_norm", "dmd_loss", "student_grad_norm"):
+            assert a.get(key) == b.get(key), key
+
+
+def test_what_only_moves_memory_may_change_when_a_run_goes_on(settings, tmp_path):
+    settings["validation"]["every"] = 0
+    wanted = fit(settings, tmp_path)
+    settings["output_dir"] = str(tmp_path / "other")
+    fit(settings, tmp_path, "--max-steps", "2")
+    found = fit(
+        settings,
+        tmp_path,
+        *("--set", "model.offload_blocks=true", "--set", "train.gradient_checkpointing=true"),
+        *("--set", "train.checkpoints_on=host"),
+    )
+    assert [line["critic_loss"] for line in found] == [line["critic_loss"] for line in wanted]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": {"gradient_checkpointing": False, "checkpoints_on": "host"}}, "train.checkpoints_on: host needs"),
+        ({"train": {"checkpoint_replay": False}}, "train.checkpoint_replay: false is for causal students"),
+        ({"rollout": {"kv_cache": "int8"}}, "rollout.kv_cache: int8 needs causal: true"),
+        ({"model": {"offload_blocks": True}, "student": {"kind": "full"}}, "needs student.kind: lora"),
+        ({"model": {"offload_blocks": True, "precision": "int8-llm"}}, "does not go with int8-llm"),
+        ({"model": {"int8_matmul": True, "precision": "nf4"}}, "model.int8_matmul: true needs model.precision int8"),
+        ({"model": {"quantized_cache": "kept"}}, "nothing is quantized at model.precision fp32"),
+    ],
+)
+def test_what_does_not_go_together(settings, tmp_path, changes, says):
+    for group, values in changes.items():
+        settings[group] |= values
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    refused("fit", file, says=says)
+
+
+# ------------------------------------------------------------------------------------------------ a shared rollout
+
+
+def test_a_reused_rollout_is_the_students_own(settings, tmp_path, monkeypatch):
+    """At steps of both updates the fake score sees the student's videos, with noise and timesteps of its own."""
+    seen: list[tuple[str, torch.Tensor | None, torch.Tensor]] = []
+    student, critic = Distiller.student_backward, Distiller.critic_backward
+
+    def watch_student(self, context, draws, weight=1.0):
+        stats, x0 = student(self, context, draws, weight)
+        seen.append(("student", x0, draws.score_noise))
+        return stats, x0
+
+    def watch_critic(self, context, draws, weight=1.0, x0=None):
+        seen.append(("critic", x0, draws.score_noise))
+        return critic(self, context, draws, weight, x0)
+
+    monkeypatch.setattr(Distiller, "student_backward", watch_student)
+    monkeypatch.setattr(Distiller, "critic_backward", watch_critic)
+    settings["fake_score"]["reuse_rollout"] = True
+    settings["validation"]["every"] = 0
+    settings["train"] |= {"batch_size": 1, "gradient_accumulation": 2}
+    lines = fit(settings, tmp_path)
+    assert [name for name, *_ in seen] == ["critic"] * 2 + ["student"] * 2 + ["critic"] * 4 + ["student"] * 2 + [
+        "critic"
+    ] * 2
+    alone, shared = seen[:2], seen[2:6]
+    assert all(x0 is None for _, x0, _ in alone)
+    for (_, made, noise), (_, given, other) in zip(shared[:2], shared[2:], strict=True):
+        assert torch.equal(made, given) and not torch.equal(noise, other)
+    assert "seconds_rollout" in lines[0] and lines[1]["dmd_loss"] is not None
+
+
+def test_a_run_that_reuses_rollouts_resumes_exactly(settings, tmp_path):
+    settings["fake_score"]["reuse_rollout"] = True
+    settings["validation"]["every"] = 0
+    wanted = fit(settings, tmp_path)
+    settings["output_dir"] = str(tmp_path / "parts")
+    fit(settings, tmp_path, "--max-steps", "3")
+    found = fit(settings, tmp_path)
+    assert [line["critic_loss"] for line in found] == [line["critic_loss"] for line in wanted]
+    settings["output_dir"], settings["fake_score"]["reuse_rollout"] = str(tmp_path / "own"), False
+    own = fit(settings, tmp_path)
+    assert own[0]["critic_loss"] == wanted[0]["critic_loss"] and own[1]["critic_loss"] != wanted[1]["critic_loss"]
+
+
+def test_batches_are_the_same_however_far_ahead_they_are_drawn(settings):
+    from rich.console import Console
+
+    trainer = Trainer(resolve(build(settings)), Console())
+    new = partial(Batches, 2, text=trainer.text, distiller=trainer.distiller, seed=9)
+    lazy, eager = (new(prompts=EpochSampler(trainer.run.prompts, 4)) for _ in range(2))
+    states, batches = [], []
+    for _ in range(3):
+        states.append(lazy.state_dict())
+        batches.append(lazy.take())
+        eager.prefetch()
+        eager.prefetch()
+        assert all(torch.equal(value, states[-1][key]) for key, value in eager.state_dict().items())
+        ahead = eager.take()
+        assert torch.equal(ahead.draws.noise, batches[-1].draws.noise)
+        assert torch.equal(ahead.context, batches[-1].context)
+    eager.prefetch()
+    eager.load_state_dict(states[1])
+    assert torch.equal(eager.take().draws.noise, batches[1].draws.noise)
