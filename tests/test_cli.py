@@ -153,7 +153,7 @@ def test_help_and_config_errors_need_no_torch(args):
 def test_help_names_every_command():
     result = run_cli("--help")
     assert result.exit_code == 0
-    for command in ("fit", "plan", "synthesize", "validate", "generate", "export-lora", "export-pipeline"):
+    for command in ("fit", "prepare", "plan", "synthesize", "validate", "generate", "export-lora", "export-pipeline"):
         assert f" {command} " in result.stdout
 
 
@@ -195,7 +195,7 @@ def test_dry_run_prints_everything_and_leaves_nothing(config_file, tmp_path):
         "flow shift      3 (the teacher's own sampling schedule)",
         "latents         [C, T, H, W] = [4, 3, 6, 4], 3 latent frames in 1 block",
         "update          2 videos (2 x 1); fake score every step, student every 2 steps",
-        "prompts         4 for training, 2 for validation",
+        "prompts         4 for training, 2 for validation; 1 duplicate and 1 blank left out of 6",
     ):
         assert line in result.stdout
     assert not (tmp_path / "run").exists()
@@ -250,7 +250,7 @@ def test_warped_steps_are_resolved_with_the_models_shift(config_file):
         ),
         ({"rollout.num_training_frames": 2000}, ["rollout.num_training_frames: 2000", "the model has 1024"]),
         ({"data.prompts": "/no/prompts.txt"}, ["data.prompts: /no/prompts.txt: no such file"]),
-        ({"data.prompts": "/tmp"}, ["data.prompts: /tmp: cannot be read as text"]),
+        ({"data.prompts": "/tmp"}, ["data.prompts: /tmp: it is a folder; valid is a file: .txt, .jsonl"]),
         ({"validation.prompts": "/no/prompts.txt"}, ["validation.prompts: /no/prompts.txt: no such file"]),
         ({"validation.prompts": []}, ["validation.prompts: no prompts in it"]),
         pytest.param({"validation.num_frames": 8001}, ["validation.num_frames: 8001"]),

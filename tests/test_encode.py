@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -12,12 +13,12 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
 from dmdtrain.miniature import clips
 from dmdtrain.models.decode import decode_latents
-from dmdtrain.models.encode import TextCache
+from dmdtrain.models.encode import TextCache, encoder_digest
 from dmdtrain.models.wan import WanFolder, find_folder, load_scheduler, load_vae
 from dmdtrain.train.validation import contact_sheet, gif_bytes, score, to_frames, write_mp4, write_samples
 
@@ -101,43 +102,117 @@ def test_order_batches_and_repeats_do_not_matter(folder, tmp_path):
     text.prepare(PROMPTS)
     other = cache(folder, tmp_path / "two")
     other.prepare([*PROMPTS[::-1], *PROMPTS], batch_size=3)
-    assert sorted(f.name for f in (tmp_path / "one").iterdir()) == sorted(f.name for f in (tmp_path / "two").iterdir())
+    assert other.rows(PROMPTS) == text.rows(PROMPTS)
+    assert set(other.shards.rows) == set(text.shards.rows) == set(text.rows(PROMPTS))
     order = [4, 1, 1, 9, 0]
     torch.testing.assert_close(other.get([PROMPTS[i] for i in order]), text.get(PROMPTS)[order], rtol=1e-5, atol=1e-6)
 
 
-def test_files_are_kept_to_the_true_length_and_reused(wan_folder, tmp_path):
-    """With the encoder broken, what is cached still comes; what is not asks for the encoder."""
+def test_rows_are_kept_to_the_true_length_and_reused(wan_folder, tmp_path, monkeypatch):
+    """What is cached comes without the encoder; what is not asks for it."""
     copied = tmp_path / "model"
     shutil.copytree(wan_folder, copied)
     folder = find_folder(str(copied), "model.base")
     text = cache(folder, tmp_path / "cache")
     text.prepare(PROMPTS)
     wanted = text.get(PROMPTS)
-    files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == len({p.strip() for p in PROMPTS}) == len(PROMPTS)
-    assert {f.suffix for f in files} == {".safetensors"}
-    lengths = sorted(len(load_file(f)["embedding"]) for f in files)
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    stored = load_file(file)
+    assert set(stored) == set(text.rows(PROMPTS)) and len(stored) == len(PROMPTS)
+    lengths = sorted(len(row) for row in stored.values())
     assert lengths[0] == 1 and lengths[-1] == LENGTH and lengths[4] < LENGTH
-    times = [f.stat().st_mtime_ns for f in files]
+    time = file.stat().st_mtime_ns
 
-    weights = copied / "text_encoder" / "model.safetensors"
-    weights.write_bytes(b"\0" * weights.stat().st_size)
+    class Asked(Exception):
+        pass
+
+    def ask(*_):
+        raise Asked
+
+    monkeypatch.setattr("dmdtrain.models.encode.load_text_encoder", ask)
     again = cache(folder, tmp_path / "cache")
     again.prepare(PROMPTS[::-1])
     assert torch.equal(again.get(PROMPTS), wanted)
-    assert [f.stat().st_mtime_ns for f in files] == times
-    with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
+    assert file.stat().st_mtime_ns == time and len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    with pytest.raises(Asked):
         again.prepare(["a new prompt"])
     for other in (
         cache(folder, tmp_path / "cache", LENGTH + 1),
         cache(folder, tmp_path / "cache", LENGTH, "bf16"),
     ):
-        with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
+        with pytest.raises(Asked):
             other.prepare(PROMPTS[:1])
-    weights.write_bytes(b"\0" * 5)  # another encoder
+
+
+def test_broken_weights_are_told(wan_folder, tmp_path):
+    shutil.copytree(wan_folder, tmp_path / "model")
+    folder = find_folder(str(tmp_path / "model"), "model.base")
+    (tmp_path / "model" / "text_encoder" / "model.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(ConfigError, match="text_encoder holds broken weights"):
-        cache(folder, tmp_path / "cache").prepare(PROMPTS[:1])
+        cache(folder, tmp_path / "cache").prepare(PROMPTS)
+
+
+def test_embeddings_that_are_not_finite_are_refused(wan_folder, tmp_path):
+    """Kept, they would spoil every step."""
+    shutil.copytree(wan_folder, tmp_path / "model")
+    file = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.block.0.layer.1.DenseReluDense.wo.weight"][3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    text = cache(find_folder(str(tmp_path / "model"), "model.base"), tmp_path / "cache")
+    with pytest.raises(
+        ConfigError, match=r"model\.text_encoder_precision: fp32: the embedding of 'a red dog' is not fin"
+    ):
+        text.prepare(["a red dog"])
+    assert text.missing(["a red dog"]) and not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_little_is_held_in_memory(folder, tmp_path, monkeypatch):
+    """A row is 6 tokens of 64 bytes at most; 1000 bytes hold two of them."""
+    monkeypatch.setattr("dmdtrain.models.encode.RECENT_BYTES", 1000)
+    monkeypatch.setattr("dmdtrain.models.encode.SHARD_PROMPTS", 16)
+    prompts = [f"a {x} {y} runs on" for x in ("red", "blue", "cat", "dog", "a") for y in ("red", "cat", "dog", "grass")]
+    text = cache(folder, tmp_path)
+    text.prepare(prompts)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    alone = {prompt: cache(folder, tmp_path).get([prompt]) for prompt in prompts}
+    for chosen in (prompts, prompts[::-1], prompts[:3] * 2):
+        assert torch.equal(text.get(chosen), torch.cat([alone[prompt] for prompt in chosen]))
+        held = sum(row.nbytes for row in text._recent.values())
+        assert held == text._recent_bytes <= 1000 and len(text._recent) == 2
+
+
+def test_an_encoder_is_known_by_its_content(wan_folder, tmp_path):
+    """Not by where it lies, when it was written or which version saved it."""
+    moved = tmp_path / "moved"
+    shutil.copytree(wan_folder, moved)
+    config = moved / "text_encoder" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"transformers_version": "4.0", "_name_or_path": "x"}))
+    digest = encoder_digest(find_folder(str(wan_folder), "model.base"))
+    assert encoder_digest(find_folder(str(moved), "model.base")) == digest
+
+    def edited(name: str, edit) -> str:
+        file = moved / name
+        before = file.read_bytes()
+        file.write_bytes(edit(before))
+        found = encoder_digest(find_folder(str(moved), "model.base"))
+        file.write_bytes(before)
+        return found
+
+    flip = lambda data: data[:-1] + bytes([data[-1] ^ 1])  # noqa: E731
+    others = [
+        edited("text_encoder/model.safetensors", flip),
+        edited("text_encoder/config.json", lambda data: data.replace(b'"num_heads": 2', b'"num_heads": 4')),
+        edited("tokenizer/tokenizer.json", lambda data: data.replace(b"grass", b"sand ")),
+    ]
+    assert len({digest, *others}) == 4
+    assert encoder_digest(find_folder(str(moved), "model.base")) == digest
+
+
+def test_a_model_of_the_hub_is_known_before_its_weights_are_here(wan_folder, tmp_path):
+    folder = dataclasses.replace(find_folder(str(wan_folder), "model.base"), hub=True, path=tmp_path / "0a1b2c")
+    assert encoder_digest(folder) == "0a1b2c"
 
 
 def test_prompts_that_were_not_prepared_are_no_zeros(folder, tmp_path):

@@ -137,6 +137,28 @@ def fit(
 
 
 @app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in fit.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file of the cache again; damaged ones are made again.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete from the cache what this configuration does not need.")
+    ] = False,
+) -> None:
+    """Encode ahead what a run needs: the text of its prompts. The same command goes on where it stopped."""
+    with _one_line_errors():
+        from dmdtrain.config import load
+
+        checked = load(config, list(set_ or []))
+
+        from dmdtrain.train.prepare import prepare as run_prepare
+
+        run_prepare(checked, verify=verify, prune=prune, console=_console())
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     vram: Annotated[float | None, typer.Option(min=1, help="GiB of the GPU.")] = None,
@@ -161,7 +183,7 @@ def plan(
 def synthesize(
     config: Annotated[Path, typer.Argument(help="The run's YAML file: teacher, guidance, sizes, denoising steps.")],
     out: Annotated[Path, typer.Option(help="Folder; one that this command made before is gone on with.")],
-    prompts: Annotated[Path | None, typer.Option(help="One prompt a line; default: the run's data.prompts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file as data.prompts, which is the default.")] = None,
     what: Annotated[
         str, typer.Option(help="trajectories (for both kinds of warm-up), latents or videos.")
     ] = "trajectories",
@@ -198,7 +220,7 @@ def synthesize(
 def validate(
     ckpt: Ckpt,
     prompts: Annotated[
-        Path | None, typer.Option(help="One prompt a line; default: the run's validation prompts.")
+        Path | None, typer.Option(help="A file as data.prompts; default: the run's validation prompts.")
     ] = None,
     steps: Annotated[
         str | None, typer.Option(help="Timesteps, such as 1000,757,522; default: the trained ones.")

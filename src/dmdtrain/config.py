@@ -426,7 +426,15 @@ class Data(Group):
     """What the student is trained on."""
 
     prompts: PathText = "wan-tiny"
-    """Text file, one prompt a line; `wan-tiny`: the miniature's training captions."""
+    """.txt (one a line), .jsonl, .json, .csv, .tsv or .parquet; `wan-tiny`: the miniature's training captions. Blank lines and
+    duplicates are left out."""
+    prompt_column: str | None = None
+    """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one, or the one called
+    prompt, caption or text."""
+    cache_dir: PathText | None = None
+    """Folder of text embeddings, which runs may share. None: output_dir/cache."""
+    cache_compress: bool = False
+    """Store text embeddings as zlib (level 1, lossless) of their byte planes."""
     negative_prompt: str = ""
     """What the unconditional passes of teacher and fake score are given."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -568,7 +576,7 @@ class Validation(Group):
     every: CountOrZero = 200
     """Steps; 0: never."""
     prompts: PathText | list[str] = "wan-tiny"
-    """Text file, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
+    """File as `data.prompts`, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
     count: Count = 8
     """At most so many of them."""
     num_frames: Annotated[int, Field(le=MOST)] = 81
@@ -743,6 +751,8 @@ RESUMABLE = (
     "data.on_bad_video",
     # Where things are kept and how they are computed, in other roundings at most.
     "model.attention",
+    "data.cache_dir",
+    "data.cache_compress",
     "model.quantize_via",
     "model.quantized_cache",
     "model.offload_blocks",

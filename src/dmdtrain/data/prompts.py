@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from dmdtrain.config import ConfigError
+from dmdtrain.data.prompt_files import clean, read_file
 from dmdtrain.miniature.clips import split_captions
 
 
-def load_prompts(source: str | list[str], key: str, *, held_out: bool) -> list[str]:
-    """Prompts of a text file (one a line; empty lines skipped, duplicates dropped), a list, or the miniature's captions.
+@dataclass(frozen=True)
+class Prompts:
+    """Different prompts in the order of their source, and what was left out of it."""
+
+    texts: list[str]
+    blank: int = 0
+    duplicates: int = 0
+
+    @property
+    def left_out(self) -> str:
+        """Such as `2 duplicates and 1 blank left out of 9`; empty where nothing was."""
+        counts = [(self.duplicates, "duplicate" + "s" * (self.duplicates > 1)), (self.blank, "blank")]
+        listed = " and ".join(f"{count} {name}" for count, name in counts if count)
+        return listed and f"{listed} left out of {len(self.texts) + self.blank + self.duplicates}"
+
+
+def read_prompts(source: str | list[str], key: str, *, held_out: bool, column: str | None = None) -> Prompts:
+    """Prompts of a file (see `prompt_files`), of a list, or the miniature's captions.
 
     Args:
-        held_out: of `wan-tiny`'s captions, those that are kept for validation.
+        held_out: of `wan-tiny`'s captions, those that are kept for validation. column: of a table, as `data.prompt_column`.
+
+    Raises:
+        ConfigError: naming `key`, where they can not be read or there is none.
     """
     if source == "wan-tiny":
         training, validation = split_captions()
-        return [str(caption) for caption in (validation if held_out else training)]
+        return Prompts([str(caption) for caption in (validation if held_out else training)])
     if isinstance(source, str):
         try:
-            source = Path(source).expanduser().read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise ConfigError(f"{key}: {source}: no such file; one prompt a line, or wan-tiny") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{key}: {source}: cannot be read as text: {error}") from None
-    prompts = list(dict.fromkeys(line.strip() for line in source if line.strip()))
-    if not prompts:
+            source = read_file(Path(source).expanduser(), column)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    cleaned = [clean(text) for text in source]
+    filled = [text for text in cleaned if text]
+    texts = list(dict.fromkeys(filled))
+    if not texts:
         raise ConfigError(f"{key}: no prompts in it")
-    return prompts
+    return Prompts(texts, len(cleaned) - len(filled), len(filled) - len(texts))
+
+
+def load_prompts(source: str | list[str], key: str, *, held_out: bool, column: str | None = None) -> list[str]:
+    """The texts of `read_prompts`."""
+    return read_prompts(source, key, held_out=held_out, column=column).texts
 
 
 T = TypeVar("T")
@@ -43,24 +71,41 @@ class EpochSampler(Generic[T]):
     def __init__(self, items: Sequence[T], seed: int):
         self.items = items
         self.generator = torch.Generator().manual_seed(seed)
-        self._order: list[int] = []
+        self._order, self._position = torch.empty(0, dtype=torch.int64), 0
 
     def draw(self, n: int) -> list[T]:
-        while len(self._order) < n:
-            self._order += torch.randperm(len(self.items), generator=self.generator).tolist()
-        drawn, self._order = self._order[:n], self._order[n:]
-        return [self.items[i] for i in drawn]
+        left = self._order[self._position :]
+        while len(left) < n:
+            left = torch.cat([left, torch.randperm(len(self.items), generator=self.generator)])
+            self._order, self._position = left, 0
+        self._position += n
+        return [self.items[i] for i in left[:n].tolist()]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        order = torch.tensor(self._order, dtype=torch.int64)
-        return {"generator": self.generator.get_state(), "order": order, "count": torch.tensor(len(self.items))}
+        """Generator, what is left of the epoch, and number and SHA-256 of the items: 4 bytes an item at most."""
+        state = {"generator": self.generator.get_state(), "count": torch.tensor(len(self.items))}
+        state["order"] = self._order[self._position :].to(torch.int32)
+        return state if self._digest is None else state | {"digest": self._digest}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where there are more or fewer items than when the state was saved."""
+        """Raises ValueError where the items are others than when the state was saved."""
         if int(state["count"]) != len(self.items):
             raise ValueError(f"{len(self.items)} items now, {int(state['count'])} when the checkpoint was saved")
+        if self._digest is not None and "digest" in state and not torch.equal(self._digest, state["digest"]):
+            raise ValueError("they are not the same, or not in the same order, as when the checkpoint was saved")
         order = state["order"]
-        if order.dtype != torch.int64 or order.ndim != 1 or any(not 0 <= i < len(self.items) for i in order.tolist()):
+        wrong = order.dtype not in (torch.int32, torch.int64) or order.ndim != 1
+        if wrong or any(not 0 <= i < len(self.items) for i in order.tolist()):
             raise ValueError(f"the order is no list of numbers below {len(self.items)}")
         self.generator.set_state(state["generator"])
-        self._order = order.tolist()
+        self._order, self._position = order.to(torch.int64), 0
+
+    @cached_property
+    def _digest(self) -> torch.Tensor | None:
+        """SHA-256 of items that are texts, as 32 bytes; files may have moved."""
+        hashed = hashlib.sha256()
+        for item in self.items:
+            if not isinstance(item, str):
+                return None
+            hashed.update(item.encode() + b"\n")
+        return torch.tensor(list(hashed.digest()), dtype=torch.uint8)

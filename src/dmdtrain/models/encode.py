@@ -4,73 +4,176 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterable
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dmdtrain.config import ConfigError
-from dmdtrain.files import save_tensors
+from dmdtrain.models.shards import Shards
 from dmdtrain.models.wan import WanFolder, load_text_encoder
+
+# A file of embeddings ends at the first of these; a kill costs what is not in one yet.
+SHARD_PROMPTS, SHARD_BYTES, SHARD_SECONDS = 256, 256 << 20, 60
+RECENT_BYTES = 64 << 20
 
 
 class TextCache:
     """Embeddings of prompts, kept on disk up to each prompt's true length; the encoder is loaded only for missing ones.
 
+    An embedding is found by the cleaned prompt, the content of encoder and tokenizer, length and precision.
+
     Args:
         folder: of the model. cache: where the files go. length: tokens, zero-padded (L below). precision: of the encoder.
+        compress: what is written; both kinds are read.
     """
 
-    def __init__(self, folder: WanFolder, cache: Path, length: int, precision: str, device: torch.device):
+    def __init__(
+        self, folder: WanFolder, cache: Path, length: int, precision: str, device: torch.device, compress: bool = False
+    ):
         self.folder, self.cache, self.length, self.precision, self.device = folder, cache, length, precision, device
-        weights = sorted((folder.path / "text_encoder").glob("*.safetensors"))
-        self._model_id = ":".join(f"{f.name}-{f.stat().st_size}" for f in weights)
-        self._memory: dict[str, torch.Tensor] = {}
+        self.shards = Shards(cache, "data.cache_dir", compress)
+        self._names: dict[str, str] = {}
+        self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._recent_bytes = 0
 
-    def _file(self, prompt: str) -> Path:
-        parts = (self._model_id, str(self.length), self.precision, prompt_clean(prompt))
-        return self.cache / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.safetensors"
+    @cached_property
+    def _model(self) -> str:
+        return encoder_digest(self.folder)
 
-    def prepare(self, prompts: Iterable[str], batch_size: int = 16) -> None:
-        """Encodes the prompts that are not cached yet, then frees the encoder."""
-        missing = [p for p in dict.fromkeys(prompts) if not self._file(p).exists()]
+    def _name(self, kind: str, text: str) -> str:
+        parts = (kind, self._model, str(self.length), self.precision, text)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+    def _row(self, prompt: str) -> str:
+        """The name of a prompt's embedding. Cleaning takes 0.1 ms: a prompt that was encoded is known as it was given."""
+        if prompt not in self._names:
+            known = self.shards.aliases.get(self._name("given", prompt))
+            self._names[prompt] = known or self._name("cleaned", prompt_clean(prompt))
+        return self._names[prompt]
+
+    def rows(self, prompts: Iterable[str]) -> dict[str, str]:
+        """Name of the embedding -> its prompt, whether it is there or not."""
+        self.shards.refresh()
+        rows: dict[str, str] = {}
+        for prompt in dict.fromkeys(prompts):
+            rows.setdefault(self._row(prompt), prompt)
+        return rows
+
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """The prompts that would have to be encoded."""
+        return [prompt for name, prompt in self.rows(prompts).items() if name not in self.shards.rows]
+
+    def cut(self, rows: Collection[str]) -> list[int]:
+        """Tokens of each embedded prompt that is longer than `length`, of which the rest was cut."""
+        there = (self.shards.rows.get(name) for name in rows)
+        return [row.note for row in there if row is not None and row.note is not None]
+
+    def prepare(
+        self, prompts: Iterable[str], batch_size: int = 16, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Encodes the prompts that are not cached yet, then frees the encoder.
+
+        progress: told after each batch how many prompts are done and how many bytes were written.
+        """
+        missing = self.missing(prompts)
         if not missing:
             return
-        self.cache.mkdir(parents=True, exist_ok=True)
+        self.shards.open_for_writing()
         tokenizer, encoder = load_text_encoder(self.folder, self.precision)
         encoder.to(self.device)
+        rows: dict[str, torch.Tensor] = {}
+        aliases: dict[str, str] = {}
+        cut: dict[str, int] = {}
+        written, last = 0, time.monotonic()
         for start in range(0, len(missing), batch_size):
             chunk = missing[start : start + batch_size]
             hidden, lengths = encode_prompts(tokenizer, encoder, chunk, self.length)
-            for prompt, row, length in zip(chunk, hidden, lengths, strict=True):
-                save_tensors(self._file(prompt), {"embedding": row[:length].cpu().contiguous()})
+            for prompt, embedding, length in zip(chunk, hidden, lengths, strict=True):
+                name = self._row(prompt)
+                if not embedding[:length].isfinite().all():
+                    raise ConfigError(
+                        f"model.text_encoder_precision: {self.precision}: the embedding of {prompt[:80]!r} is not finite; "
+                        "are the text encoder's weights whole? valid are fp32, bf16, int8, int8-llm, nf4"
+                    )
+                rows[name] = embedding[:length].cpu().clone()
+                aliases[self._name("given", prompt)] = name
+                if length == self.length and (whole := count_tokens(tokenizer, prompt)) > length:
+                    cut[name] = whole
+            done = start + len(chunk)
+            held = sum(row.nbytes for row in rows.values())
+            late = time.monotonic() - last > SHARD_SECONDS
+            if len(rows) >= SHARD_PROMPTS or held >= SHARD_BYTES or late or done == len(missing):
+                written += self.shards.write(rows, aliases, cut).stat().st_size
+                rows, aliases, cut, last = {}, {}, {}, time.monotonic()
+            if progress is not None:
+                progress(done, written)
         del encoder, tokenizer
         gc.collect()
-
-    def _read(self, file: Path) -> torch.Tensor:
-        try:
-            return load_file(file)["embedding"].float()
-        except (OSError, SafetensorError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"{file} can not be read ({reason}); delete it where it is broken: the same command makes it again"
-            ) from None
 
     def get(self, prompts: list[str]) -> torch.Tensor:
         """[B, L, D] float32 on the device; zeros past each prompt's end. Prompts must have been prepared."""
         rows = []
         for prompt in prompts:
-            if prompt not in self._memory:
-                if len(self._memory) >= 1024:
-                    self._memory.clear()
-                self._memory[prompt] = self._read(self._file(prompt))
-            row = self._memory[prompt]
+            row = self._read(prompt).float()
             rows.append(torch.cat([row, row.new_zeros(self.length - len(row), row.shape[1])]))
         return torch.stack(rows).to(self.device)
+
+    def _read(self, prompt: str) -> torch.Tensor:
+        """[tokens, D] as the encoder gave it; the last 64 MiB that were asked for stay in memory."""
+        if prompt in self._recent:
+            self._recent.move_to_end(prompt)
+            return self._recent[prompt]
+        name = self._row(prompt)
+        if name not in self.shards.rows:
+            self.shards.refresh()
+            if name not in self.shards.rows:
+                raise FileNotFoundError(f"{self.cache}: {prompt!r} has not been prepared")
+        row = self._recent[prompt] = self.shards.read(name)
+        self._recent_bytes += row.nbytes
+        while self._recent_bytes > RECENT_BYTES and len(self._recent) > 1:
+            self._recent_bytes -= self._recent.popitem(last=False)[1].nbytes
+        return row
+
+
+def encoder_digest(folder: WanFolder) -> str:
+    """What text encoder and tokenizer are, by content: neither names nor times of their files matter.
+
+    Of the weights' gigabytes, each file's size and 256 pieces spread over it are read: training changes every one of them.
+    A model from the hub, whose weights may not be here yet, is known by its commit.
+    """
+    if folder.hub:
+        return folder.path.name
+    digest = hashlib.sha256()
+    config = json.loads((folder.path / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    noted = {
+        k: v
+        for k, v in config.items()
+        if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")
+    }
+    digest.update(json.dumps(noted, sort_keys=True).encode())
+    for file in sorted((folder.path / "tokenizer").iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for file in sorted((folder.path / "text_encoder").glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as handle:
+            for offset in range(0, size, max(4096, size // 256)):
+                handle.seek(offset)
+                digest.update(handle.read(4096))
+    return digest.hexdigest()
+
+
+def count_tokens(tokenizer: Any, prompt: str) -> int:
+    """Tokens of a whole prompt, with the end token."""
+    return len(tokenizer(prompt_clean(prompt), add_special_tokens=True, verbose=False).input_ids)
 
 
 @torch.no_grad()

@@ -112,9 +112,11 @@ def validate(
     settings = run.config.validation
     texts = run.validation_prompts
     if prompts is not None:
-        texts = load_prompts(str(prompts), "--prompts", held_out=True)
+        texts = load_prompts(str(prompts), "--prompts", held_out=True, column=run.config.data.prompt_column)
     elif count is not None:
-        texts = load_prompts(settings.prompts, "validation.prompts", held_out=True)
+        texts = load_prompts(
+            settings.prompts, "validation.prompts", held_out=True, column=run.config.data.prompt_column
+        )
     texts = texts[:count]
     seed = settings.seed if seed is None else seed
     weights = _pick_weights(ckpt, weights)

@@ -217,7 +217,8 @@ class Live:
         self._recent.append((now - self._last) / max(1, step - self._done))
         self._last, self._done = now, step
         seconds = sum(self._recent) / len(self._recent)
-        text = f"{text} {seconds:.2f} s/{self._unit}"
+        rate = f"{1 / seconds:.0f} {self._unit}s/s" if 0 < seconds < 0.05 else f"{seconds:.2f} s/{self._unit}"
+        text = f"{text} {rate}".strip()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif now - self._printed > 10 or step == self._total:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
+from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution
-from dmdtrain.data.prompts import load_prompts
+from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.attention import AUTO, pick_attention
 from dmdtrain.models.encode import TextCache
@@ -22,6 +24,7 @@ from dmdtrain.models.quantize import multiply_in_int8
 from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
 from dmdtrain.models.wan import WanFolder, find_folder, load_transformer
 from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train.log import Live
 from dmdtrain.train.optim import trained_dtype
 from dmdtrain.train.step import block_layout
 
@@ -41,6 +44,7 @@ class Run:
     validation_timesteps: list[float]
     latent_shape: tuple[int, int, int, int]  # [C, T, H, W] of a training video
     validation_latent_shape: tuple[int, int, int, int]
+    left_out: str = ""  # of the prompts' file
 
     @property
     def flow_shift(self) -> float:
@@ -124,17 +128,22 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
                 )
     shift = config.model.flow_shift or teacher.flow_shift
     timesteps = resolve_timesteps(config.dmd.denoising_steps, shift if config.dmd.warp_denoising_steps else 1.0)
-    validation_prompts = load_prompts(config.validation.prompts, "validation.prompts", held_out=True)
+    column = config.data.prompt_column
+    validation_prompts = load_prompts(config.validation.prompts, "validation.prompts", held_out=True, column=column)
+    prompts = Prompts([])
+    if for_training:
+        prompts = read_prompts(config.data.prompts, "data.prompts", held_out=False, column=column)
     return Run(
         config=config,
         base=base,
         teacher=teacher,
-        prompts=load_prompts(config.data.prompts, "data.prompts", held_out=False) if for_training else [],
+        prompts=prompts.texts,
         validation_prompts=validation_prompts[: config.validation.count],
         timesteps=timesteps,
         validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
         latent_shape=latent_shape,
         validation_latent_shape=validation_shape,
+        left_out=prompts.left_out,
     )
 
 
@@ -211,8 +220,51 @@ def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_sc
 
 def text_cache(run: Run, device: torch.device) -> TextCache:
     config = run.config
-    cache = run.output_dir / "cache" / "text"
-    return TextCache(run.base, cache, config.data.max_sequence_length, config.model.text_encoder_precision, device)
+    root = run.output_dir / "cache" if config.data.cache_dir is None else Path(config.data.cache_dir).expanduser()
+    length, precision = config.data.max_sequence_length, config.model.text_encoder_precision
+    return TextCache(run.base, root / "text", length, precision, device, config.data.cache_compress)
+
+
+def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> int:
+    """Encodes what is not in the cache yet, with progress, and tells what is cut; the number of prompts that were encoded."""
+    prompts = list(prompts)
+    with console.status("looking up prompts"):
+        missing = text.missing(prompts)
+    if missing:
+        console.print(f"text: {len(missing):,} prompts to encode, to {text.cache}", soft_wrap=True, highlight=False)
+        _encode(text, missing, console)
+    if cut := text.cut(text.rows(prompts)):
+        console.print(
+            f"warning: {len(cut):,} prompts are longer than data.max_sequence_length ({text.length} tokens; the longest has "
+            f"{max(cut):,}): the rest of them is cut",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return len(missing)
+
+
+def _encode(text: TextCache, missing: list[str], console: Console) -> None:
+    size, total = 0, 0.0
+
+    def progress(done: int, written: int) -> None:
+        nonlocal size, total
+        if written > size:  # just now, so that it is of all that is done
+            if not size and (written / done) * (len(missing) - done) > (free := shutil.disk_usage(text.cache).free):
+                console.print(f"warning: {size_text(free)} are free on the disk, which will not do", soft_wrap=True)
+            size, total = written, written / done * len(missing)
+        live.step(done, f"{size_text(size)} of about {size_text(total)} written" if size else "")
+
+    with Live(len(missing), 0, console, unit="prompt") as live:
+        text.prepare(missing, progress=progress)
+
+
+def size_text(size: float) -> str:
+    """Bytes as B, KiB, MiB, GiB or TiB."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def load_run(ckpt: Path) -> Run:
@@ -270,7 +322,8 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
         f"latents         [C, T, H, W] = {list(run.latent_shape)}, {_blocks_text(config)}",
         f"update          {config.samples_per_update} videos ({config.train.batch_size} x "
         f"{config.train.gradient_accumulation}); fake score every step, student {updates}",
-        f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation",
+        f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation"
+        + (f"; {run.left_out}" if run.left_out else ""),
     ]
     warmup = config.warmup
     if warmup.kind != "none":

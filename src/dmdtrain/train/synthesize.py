@@ -55,7 +55,7 @@ def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], 
     if not missing:
         return
     drawn = EpochSampler(renderer.run.prompts, facts["seed"]).draw(count)
-    renderer.text.prepare([*drawn, facts["negative_prompt"]])
+    setup.encode_text(renderer.text, [*drawn, facts["negative_prompt"]], console)
     kept = [sigmas.index(t / 1000) for t in facts["timesteps"] or []]
     with Live(count, count - len(missing), console, unit="video") as live:
         for rows in renderer.batches(len(missing), tuple(facts["latent_shape"])):

@@ -36,7 +36,16 @@ from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import RealData
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.saver import TrainingStopped, is_out_of_memory
-from dmdtrain.train.setup import Run, build_roles, describe, device_of_this_machine, resolve, sampling_json, text_cache
+from dmdtrain.train.setup import (
+    Run,
+    build_roles,
+    describe,
+    device_of_this_machine,
+    encode_text,
+    resolve,
+    sampling_json,
+    text_cache,
+)
 from dmdtrain.train.step import Distiller, Stats, check_score_ranges
 from dmdtrain.train.warmup import Warmup, check_data
 
@@ -144,7 +153,7 @@ class Trainer:
         negatives = [self.config.data.negative_prompt, self.config.validation.negative_prompt]
         self.clips = prepare_videos(run, console, scanned)
         captions = [sample.caption for clips in self.clips.values() for sample in clips.samples]
-        self.text.prepare([*run.prompts, *run.validation_prompts, *negatives, *captions])
+        encode_text(self.text, [*run.prompts, *run.validation_prompts, *negatives, *captions], console)
         self.roles = build_roles(run, self.device)
         uncond = self.text.get([self.config.data.negative_prompt])
         self.distiller = Distiller(self.roles, self.config, run.timesteps, run.latent_shape, uncond)

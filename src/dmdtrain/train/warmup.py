@@ -24,7 +24,7 @@ from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_st
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
-from dmdtrain.train.setup import Run, sampling_json
+from dmdtrain.train.setup import Run, encode_text, sampling_json
 from dmdtrain.train.step import Stats
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
@@ -125,7 +125,7 @@ class Warmup:
             return
         folder = self._folder()
         self.samples = Synthesized(folder, self.run)
-        self.text.prepare(read_captions(folder.files()))
+        encode_text(self.text, read_captions(folder.files()), self.console)
 
     def _folder(self) -> LatentFolder:
         settings, run = self.config.warmup, self.run

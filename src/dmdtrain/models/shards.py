@@ -1,0 +1,264 @@
+"""Tensors kept by name in a folder: hundreds a file, written once, found by every process.
+
+    <SHA-256 of the file>.safetensors    rows, and a header that is their index
+    .lock                                held in common by those who use the folder, alone by one who deletes
+
+A file is written beside its name, synced and renamed: a kill at any instant leaves whole files and perhaps a leftover. Two
+processes that write at once write files of their own, or the same one; what is read is all of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dmdtrain.config import ConfigError
+
+FORMAT = 1
+NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial")
+INFO = "dmdtrain"  # one entry of the header, since safetensors writes several in any order
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Row(NamedTuple):
+    """Where a tensor lies. packed: shape and dtype of one that is compressed."""
+
+    file: Path
+    packed: tuple[list[int], str] | None
+    note: int | None
+
+
+class Shards:
+    """A folder of named tensors.
+
+    rows: name -> where it lies. aliases: another name of a row -> its name. damaged: file -> what is wrong with it.
+
+    Args:
+        key: of the configuration, for errors. compress: what is written from here on; both kinds are read.
+    """
+
+    def __init__(self, path: Path, key: str, compress: bool = False):
+        self.path, self.key, self.compress = path, key, compress
+        self.rows: dict[str, Row] = {}
+        self.aliases: dict[str, str] = {}
+        self.damaged: dict[Path, str] = {}
+        self._files: dict[Path, set[str]] = {}
+        self._lock: Any = None
+
+    def refresh(self) -> None:
+        """Reads the headers of files that are new; forgets those that have gone."""
+        try:
+            found = {self.path / name for name in os.listdir(self.path) if NAME.fullmatch(name)}
+        except (FileNotFoundError, NotADirectoryError):
+            found = set()
+        except OSError as error:
+            raise ConfigError(f"{self.key}: {self.path} cannot be read: {error.strerror}") from None
+        known = self._files.keys() | self.damaged.keys()
+        if known - found:
+            known = set()
+            for index in (self.rows, self.aliases, self.damaged, self._files):
+                index.clear()
+        for file in sorted(found - known):
+            self._add(file)
+        if found and self._lock is None:
+            self.hold()
+
+    def _add(self, file: Path) -> None:
+        try:
+            names, info = _read_header(file)
+            packed, notes = info["packed"], info["notes"]
+            rows = {name: Row(file, packed.get(name), notes.get(name)) for name in names}
+            aliases = dict(info["aliases"])
+        except FileNotFoundError:
+            return  # deleted since it was listed
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.damaged[file] = str(error) if type(error) is ValueError else "its header is broken"
+            return
+        self.aliases |= aliases
+        for name, row in rows.items():
+            self.rows.setdefault(name, row)
+        self._files[file] = set(rows)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A row as it was written, on the CPU. KeyError where there is none."""
+        for retry in (False, True):
+            row = self.rows[name]
+            try:
+                with safe_open(row.file, "pt") as handle:
+                    tensor = handle.get_tensor(name).clone()  # else it would hold the whole file's memory map
+                return tensor if row.packed is None else _unpack(tensor, *row.packed)
+            except FileNotFoundError as error:  # someone deleted it; what he needs still is in another one
+                if retry:
+                    raise ConfigError(f"{self.key}: {row.file} has gone: {error}") from None
+                self.refresh()
+            except (SafetensorError, OSError, ValueError, RuntimeError, zlib.error) as error:
+                raise ConfigError(
+                    f"{self.key}: {row.file} is damaged: {str(error).splitlines()[0]}; dmdtrain prepare CONFIG --verify "
+                    "makes its content again"
+                ) from None
+        raise AssertionError
+
+    # ------------------------------------------------------------------------------------------------ writing
+
+    def open_for_writing(self) -> None:
+        """Makes the folder, and removes what killed processes left in it unless another process uses it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.key}: {self.path} can not be made: {error.strerror}") from None
+        if self._hold(alone=True):
+            for name in os.listdir(self.path):
+                if LEFTOVER.fullmatch(name):
+                    self._delete(self.path / name)
+        self.hold()
+
+    def write(self, rows: dict[str, torch.Tensor], aliases: dict[str, str], notes: dict[str, int]) -> Path:
+        """A new file of rows. ConfigError where it can not be written."""
+        packed = {}
+        tensors = {name: row.cpu().contiguous() for name, row in rows.items()}
+        if self.compress:
+            packed = {name: (list(row.shape), str(row.dtype).removeprefix("torch.")) for name, row in tensors.items()}
+            tensors = {name: _pack(row) for name, row in tensors.items()}
+        info = {"format": FORMAT, "packed": packed, "aliases": aliases, "notes": notes}
+        data = save(tensors, metadata={INFO: json.dumps(info)})
+        file = self.path / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        partial = self.path / f".{uuid.uuid4().hex}.partial"
+        try:
+            try:
+                with partial.open("wb") as handle:
+                    handle.write(data)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                partial.rename(file)
+            finally:
+                partial.unlink(missing_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        except OSError as error:
+            raise ConfigError(f"{self.key}: {self.path} can not be written: {error.strerror}") from None
+        self.damaged.pop(file, None)
+        self._add(file)
+        return file
+
+    def _delete(self, file: Path) -> None:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.key}: {file} can not be deleted: {error.strerror}") from None
+
+    # ------------------------------------------------------------------------------------------------ care
+
+    def size(self) -> tuple[int, int]:
+        """(files, bytes), damaged ones included."""
+        sizes = [file.stat().st_size for file in (*self._files, *self.damaged)]
+        return len(sizes), sum(sizes)
+
+    def verify(self) -> Iterator[tuple[Path, str | None]]:
+        """Every file and what is wrong with it, if anything; what is damaged is deleted and its rows are missing from then on."""
+        self.refresh()
+        for file in sorted([*self._files, *self.damaged]):
+            problem = self.damaged.get(file)
+            if problem is None:
+                try:
+                    with file.open("rb") as handle:
+                        same = hashlib.file_digest(handle, "sha256").hexdigest() == file.stem
+                    problem = None if same else "its checksum differs"
+                except OSError as error:
+                    problem = f"it cannot be read: {error.strerror}"
+            if problem is not None:
+                self._delete(file)
+            yield file, problem
+        self.refresh()
+
+    def prune(self, keep: Collection[str], batch: int) -> tuple[int, int]:
+        """Deletes every row but those in `keep`; what shared a file with others is written again, `batch` rows a file.
+
+        Returns:
+            Rows deleted and bytes freed.
+        """
+        if not self._hold(alone=True):
+            raise ConfigError(f"{self.key}: {self.path} is in use by another process; prune when it has ended")
+        self.refresh()
+        (_, before), count = self.size(), sum(len(names) for names in self._files.values())
+        kept = {name: self.rows[name] for name in keep if name in self.rows}
+        used: dict[Path, set[str]] = {}
+        for name, row in kept.items():
+            used.setdefault(row.file, set()).add(name)
+        stale = {file for file, names in self._files.items() if not names or used.get(file) != names}
+        moved = sorted(name for name, row in kept.items() if row.file in stale)
+        stale |= self.damaged.keys()
+        targets: dict[str, dict[str, str]] = {}
+        for alias, name in self.aliases.items():
+            targets.setdefault(name, {})[alias] = name
+        for start in range(0, len(moved), batch):
+            names = moved[start : start + batch]
+            aliases = {alias: name for n in names for alias, name in targets.get(n, {}).items()}
+            notes = {n: note for n in names if (note := kept[n].note) is not None}
+            stale.discard(self.write({n: self.read(n) for n in names}, aliases, notes))
+        for file in stale:
+            self._delete(file)
+        self.refresh()
+        self.hold()
+        return count - len(self.rows), before - self.size()[1]
+
+    def hold(self) -> None:
+        """Keeps others from deleting until this process ends."""
+        self._hold(alone=False)
+
+    def _hold(self, alone: bool) -> bool:
+        """Whether the lock could be had. True where the file system knows no locks or can not be written."""
+        try:
+            if self._lock is None:
+                self._lock = (self.path / ".lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+
+def _read_header(file: Path) -> tuple[list[str], dict[str, Any]]:
+    """Names of a whole file's tensors and what was said of them."""
+    with file.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        length = int.from_bytes(handle.read(8), "little")
+        if length > size - 8:
+            raise ValueError("it is cut off")
+        header = json.loads(handle.read(length))
+    info = json.loads(header.pop("__metadata__")[INFO])
+    if info["format"] != FORMAT:
+        return [], {"packed": {}, "notes": {}, "aliases": {}}  # whole, but of another version's
+    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
+        raise ValueError("it is cut off")
+    return list(header), info
+
+
+def _pack(tensor: torch.Tensor) -> torch.Tensor:
+    """zlib of a tensor's bytes, plane by plane: the first byte of every number, then the second, and so on.
+
+    Signs and exponents of embeddings repeat themselves, their fractions do not.
+    """
+    planes = tensor.view(torch.uint8).view(-1, tensor.element_size()).T.contiguous()
+    return torch.frombuffer(bytearray(zlib.compress(planes.numpy(), 1)), dtype=torch.uint8)
+
+
+def _unpack(packed: torch.Tensor, shape: list[int], dtype: str) -> torch.Tensor:
+    kind = DTYPES[dtype]
+    planes = torch.frombuffer(bytearray(zlib.decompress(packed.numpy())), dtype=torch.uint8)
+    return planes.view(kind.itemsize, math.prod(shape)).T.contiguous().view(kind).view(shape)
