@@ -169,7 +169,7 @@ class Model(Group):
     quantize_via: Literal["cpu", "device"] = "cpu"
     """Where layers are quantized, one by one as they are read: device is faster, and both give the same weights but for
     rounding."""
-    quantized_cache: Annotated[str, Field(min_length=1)] | None = None
+    quantized_cache: PathText | None = None
     """Folder in which quantized transformers are kept and found the next time. None: quantized at every start."""
     int8_matmul: bool = False
     """precision int8: passes without gradient (rollout, scores, sampling) multiply in int8, activations rounded with a scale
@@ -403,7 +403,7 @@ class Warmup(Group):
 class VideoSet(Group):
     """Captioned clips."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: PathText
     """Folder with `clip.mp4` and `clip.txt` at any depth; or with `metadata.jsonl` or `metadata.csv` (file_name and a caption
     column), or that file itself. Images are videos of one frame, for runs that need no more."""
     weight: Positive | None = None
@@ -822,11 +822,11 @@ def _describe(error: Any) -> str:
         "less_than": f"it must be below {context.get('lt')}",
         "less_than_equal": f"it must be at most {context.get('le')}",
         "model_type": "it must be a group of keys",
-        "missing": "it must be two numbers" if where[-1].isdigit() else "it must be given",
+        "missing": "it must be two numbers" if where and where[-1].isdigit() else "it must be given",
         "too_short": "it must not be empty",
         "string_too_short": "it must not be empty",
     }.get(kind, error["msg"][0].lower() + error["msg"][1:])
-    return f"{key}: {_short(value)}: {wanted}"
+    return f"{key or 'a key'}: {_short(value)}: {wanted}"
 
 
 def build(values: dict[str, Any], source: str = "config") -> Config:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from dmdtrain import strict_yaml
-from dmdtrain.config import MOST, Config, groups, known_keys, nested_get
+from dmdtrain.config import MOST, Config, VideoSet, groups, known_keys, nested_get
 
 COMMENT_COLUMN = 44
 PAGE_HEAD = """\
@@ -36,6 +36,12 @@ def derived(config: Config) -> dict[str, str]:
         "rollout.local_attention_frames": "all before the block",
         "warmup.data": f"{config.output_dir}/cache/warmup" if config.warmup.kind != "none" else "no warm-up",
         "warmup.timestep_shift": f"as model.flow_shift{'' if shift is None else f', {shift:g}'}",
+        "model.quantized_cache": "quantized at every start",
+        "data.prompt_column": "the only one, or prompt, caption or text",
+        "data.cache_dir": f"{config.output_dir}/cache",
+        "data.videos": "no clips",
+        "data.fps": "the clips' own",
+        "validation.tiled_decoding": "for frames above 832 x 480 pixels",
         "validation.steps": f"as dmd.denoising_steps, {','.join(f'{t:g}' for t in config.dmd.denoising_steps)}",
     }
     return {key: text for key, text in means.items() if nested_get(config, key) is None}
@@ -77,6 +83,8 @@ def page() -> str:
     for name, kind in groups().items():
         fields = [(key, field, properties[kind.__name__][key]) for key, field in kind.model_fields.items()]
         lines += [f"\n## {name}\n", " ".join((kind.__doc__ or "").split()) + "\n", *_table(fields)]
+    items = [(key, field, properties["VideoSet"][key]) for key, field in VideoSet.model_fields.items()]
+    lines += ["\n## VideoSet\n", "An item of data.videos.\n", *_table(items)]
     return "\n".join(lines) + "\n"
 
 
@@ -98,6 +106,8 @@ def _meaning(field: FieldInfo) -> str:
 
 def _valid(part: dict[str, Any]) -> str:
     """What a JSON Schema allows, in words."""
+    if "$ref" in part:
+        return f"`{part['$ref'].rpartition('/')[2]}` (below)"
     if "anyOf" in part:
         return " or ".join(_valid(option) for option in part["anyOf"])
     if "enum" in part or "const" in part:
