@@ -114,7 +114,7 @@ CHOICES: dict[str, Choice] = {
     "attention_mechanism": Choice(
         ("model.attention",),
         {
-            "diffusers": "native",
+            "diffusers": "auto",
             "xformers": "xformers",
             "flash-attn": "flash",
             "flash-attn-2": "flash",
