@@ -200,9 +200,7 @@ def test_a_bad_step_leaves_what_it_was_made_of(values, tmp_path, role):
     trainer = Trainer(resolve(config), Console(quiet=True))
     trainer.train_step()
     trainer.roles.parameters(role)[1].register_hook(lambda g: g * math.nan)
-    states = []
     for _ in range(8):
-        states.append(trainer.generator.get_state())
         trainer.train_step()
     folder = Path(config.output_dir) / "bad_steps"
     names = sorted(f.name for f in folder.iterdir())

@@ -134,7 +134,9 @@ class TextCache:
         if name not in self.shards.rows:
             self.shards.refresh()
             if name not in self.shards.rows:
-                raise FileNotFoundError(f"{self.cache}: {prompt!r} has not been prepared")
+                raise ConfigError(
+                    f"{self.shards.key}: {self.cache} has no embedding of {prompt[:80]!r}; the same command makes it again"
+                )
         row = self._recent[prompt] = self.shards.read(name)
         self._recent_bytes += row.nbytes
         while self._recent_bytes > RECENT_BYTES and len(self._recent) > 1:
