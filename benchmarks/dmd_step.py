@@ -3,10 +3,11 @@
     python benchmarks/dmd_step.py --size 1.3b --set rollout.causal=true --set model.precision=int8 --out benchmarks/records/
     python benchmarks/dmd_step.py --size tiny --compare train.gradient_checkpointing=false
 
-A step is what training does: a rollout and an update of the fake score, and (every generator_update_interval-th step) a
-rollout, the scores, the replay and an update of the student. The rate of bf16 matrix products is measured in the same run;
-utilisation is model FLOPs (no recompute counted) over that. --compare runs a second setting in the same process, step by
-step in turn with the first.
+A step is what training does: a rollout and an update of the fake score, and a rollout, the scores, the replay and an update of
+the student. Times are medians of the parts of such full steps; utilisation is model FLOPs (no recompute counted) over the rate
+of bf16 matrix products that was measured in the same run; samples_per_hour is of training, where the student has its part at
+every generator_update_interval-th step alone. --compare runs a second setting in the same process, step by step in turn with
+the first. --profile says where one more step's time on the device went.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from dmdtrain.config import Config, build
 from dmdtrain.models.attention import pick_attention
@@ -32,17 +36,17 @@ from dmdtrain.models.roles import Roles
 from dmdtrain.models.wan import WanFolder
 from dmdtrain.train import setup
 from dmdtrain.train.accounting import LiveBytes
+from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import step_flops
 from dmdtrain.train.loop import guarded_step
 from dmdtrain.train.optim import build_optimizer
-from dmdtrain.train.plan import GIB, PUBLISHED, UMT5_XXL, make_plan
+from dmdtrain.train.plan import CONTEXT_GIB, GIB, PUBLISHED, UMT5_XXL, make_plan
 from dmdtrain.train.step import Distiller
 
 SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64}
 SIZES["tiny"] = SIZES["1.3b"] | SMALL
 DEFAULTS = {
-    "dmd.generator_update_interval": 1,
     "train.batch_size": 1,
     "optimizer.name": "adamw_bf16",
     "data.resolution": "832x480",
@@ -131,6 +135,10 @@ class Steps:
             )
             for name in ("fake_score", "student")
         }
+        ema, self.average = config.ema, None
+        if ema.enabled:
+            where = torch.device("cpu") if ema.keep_on == "host" else None
+            self.average = Ema(self.roles.named_parameters("student"), ema.decay, ema.every, where)
         self.records: list[dict[str, float]] = []
 
     def step(self) -> None:
@@ -138,10 +146,31 @@ class Steps:
         self.videos = None
         student = partial(self._update, "student", self.distiller.student_backward)
         critic = partial(self._update, "fake_score", self.distiller.critic_backward)
-        for update in (student, critic) if self.config.fake_score.reuse_rollout else (critic, student):
-            update()
+        order = {"student": student, "fake_score": critic}
+        times = {}
+        for name in order if self.config.fake_score.reuse_rollout else reversed(order):
+            before = time.perf_counter()
+            order[name]()
+            times[f"{name}_update"] = time.perf_counter() - before
         phases = self.distiller.phases.take()
-        self.records.append({"seconds": time.perf_counter() - start} | phases)
+        self.records.append({"seconds": time.perf_counter() - start} | times | phases)
+
+    def profile(self, most: int = 12) -> dict[str, float]:
+        """Operation -> its own share of a step's time on the device, the largest first."""
+        cuda = self.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with profile(activities=kinds) as measured:
+            self.step()
+        self.records.pop()
+
+        def own(event: Any) -> float:
+            return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+        # Operations and the kernels they start are listed both: on CUDA the kernels are counted.
+        events = [e for e in measured.key_averages() if not cuda or e.device_type == DeviceType.CUDA]
+        total = sum(map(own, events))
+        events.sort(key=own, reverse=True)
+        return {event.key[:100]: round(own(event) / total, 4) for event in events[:most]}
 
     def _update(self, name: str, backward: Callable) -> None:
         draws = self.distiller.draw(self.config.train.batch_size, self.generator).to(self.device)
@@ -150,23 +179,30 @@ class Steps:
         self.videos = made if self.config.fake_score.reuse_rollout else None
         with self.distiller.phases("optimizer"):
             guarded_step(self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
+            if name == "student" and self.average is not None:
+                self.average.update(self.average.every)
 
     def summary(self, rate: float) -> dict:
-        """Medians over all steps but the first."""
-        later = self.records[1:] or self.records
+        """Medians over all steps but the first two, which make the optimizers' state and whatever is compiled."""
+        later = self.records[2:]
         medians = {key: round(statistics.median(r[key] for r in later), 4) for key in later[0]}
         shapes = self.run.base.transformer, self.run.teacher.transformer
-        flops = sum(step_flops(self.config, *shapes, self.run.frame_tokens).values())
+        interval = self.config.dmd.generator_update_interval
+        full = self.config.model_copy(
+            update={"dmd": self.config.dmd.model_copy(update={"generator_update_interval": 1})}
+        )
+        flops = sum(step_flops(full, *shapes, self.run.frame_tokens).values())
+        training = medians["fake_score_update"] + medians["student_update"] / interval
         inside = sum(value for key, value in medians.items() if key.startswith("seconds_"))
         plan = make_plan(self.run)
         return {
             **medians,
             "overhead": round(1 - inside / medians["seconds"], 4),
-            "samples_per_hour": round(3600 * self.config.train.batch_size / medians["seconds"], 1),
+            "samples_per_hour": round(3600 * self.config.train.batch_size / training, 1),
             "model_tflop": round(flops / 1e12, 2),
             "utilisation": round(flops / medians["seconds"] / rate, 4),
-            "planned_peak_gib": round(plan.training_peak / GIB, 3),
-            "planned_host_gib": round(plan.host / GIB, 3),
+            "planned_peak_gib": round(plan.training_peak / GIB - CONTEXT_GIB, 4),  # as allocators count
+            "planned_host_gib": round(plan.host / GIB, 4),
         }
 
 
@@ -193,6 +229,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--compare", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder of the record")
     args = parser.parse_args()
     device = setup.device_of_this_machine()
@@ -209,9 +246,10 @@ def main() -> None:
             weights = live.now
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            steps[name].step()
+            for _ in range(2):  # the second one has the optimizers' moments
+                steps[name].step()
         sizes = {"live_peak_gib": live.peak, "live_host_gib": live.host_peak, "weights_gib": weights}
-        results[name] = {"overrides": overrides} | {key: round(size / GIB, 3) for key, size in sizes.items()}
+        results[name] = {"overrides": overrides} | {key: round(size / GIB, 4) for key, size in sizes.items()}
         if device.type == "cuda":
             results[name]["allocated_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
             results[name]["reserved_peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
@@ -220,6 +258,8 @@ def main() -> None:
             each.step()
     for name, each in steps.items():
         results[name] |= each.summary(rate)
+        if args.profile:
+            results[name]["profile"] = each.profile()
     record = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
