@@ -63,16 +63,21 @@ bench: setup
 # Full DMD steps of the real shapes at 480p with 21 latent frames; records go to benchmarks/records and its table.
 STEP := $(BIN)/python benchmarks/dmd_step.py --out benchmarks/records
 HOST := --set train.checkpoints_on=host --set train.batched_guidance=false
+CAUSAL := --set rollout.causal=true
 bench-gpu: setup
-	for causal in true false; do for precision in bf16 int8 nf4; do \
-		$(STEP) --size 1.3b --set rollout.causal=$$causal --set model.precision=$$precision || exit 1; done; \
-		$(STEP) --size 14b $(HOST) --set rollout.causal=$$causal --set model.precision=int8 || exit 1; done
-	$(STEP) --size 14b $(HOST) --set model.precision=nf4 --set model.offload_blocks=true \
+	for precision in bf16 int8 nf4; do for causal in true false; do \
+		$(STEP) --size 1.3b --set model.precision=$$precision --set rollout.causal=$$causal --profile || exit 1; done; done
+	$(STEP) --size 14b --set model.precision=int8 $(HOST) --profile
+	$(STEP) --size 14b --set model.precision=int8 $(HOST) $(CAUSAL) --set rollout.kv_cache=host
+	$(STEP) --size 14b --set model.precision=nf4 $(HOST) --set model.offload_blocks=true --set ema.keep_on=host \
 		--set optimizer.name=paged_adamw8bit
 	for change in train.compile=true model.int8_matmul=true fake_score.reuse_rollout=true model.attention=native \
-		train.checkpoints_on=host model.offload_blocks=true; do \
+		train.checkpoints_on=host train.batched_guidance=false model.offload_blocks=true ; do \
 		$(STEP) --size 1.3b --set model.precision=int8 --compare $$change || exit 1; done
-	$(STEP) --size 1.3b --set data.resolution=832x448 --set rollout.num_training_frames=16 --set train.compile=true
+	for change in rollout.kv_cache=int8 rollout.kv_cache=host train.checkpoint_replay=false train.compile=true; do \
+		$(STEP) --size 1.3b --set model.precision=int8 $(CAUSAL) --compare $$change || exit 1; done
+	$(STEP) --size 1.3b --set data.resolution=832x448 --set rollout.num_training_frames=16 \
+		--set dmd.generator_update_interval=5 --set train.compile=true
 	$(BIN)/python benchmarks/table.py
 
 # Scores the demo's student; run `make demo` first.

@@ -73,6 +73,12 @@ def settings(size: str, overrides: list[str]) -> Config:
     return build(values, "--set")
 
 
+def run_of(size: str, config: Config) -> setup.Run:
+    vae = {"z_dim": 16, "scale_factor_spatial": 8}
+    folder = WanFolder(Path(size), size, True, SIZES[size], vae, UMT5_XXL, {"shift": 5.0})
+    return setup.resolve(config, for_training=False, find=lambda name, key: folder)
+
+
 def random_transformer(shape: dict, precision: str, device: torch.device) -> WanTransformer3DModel:
     """A Wan with random weights, quantized layer by layer where `precision` asks for it."""
     with torch.device("meta"):
@@ -105,10 +111,7 @@ class Steps:
     """Full steps of one configuration."""
 
     def __init__(self, size: str, config: Config, device: torch.device):
-        folder = WanFolder(
-            Path(size), size, True, SIZES[size], {"z_dim": 16, "scale_factor_spatial": 8}, UMT5_XXL, {"shift": 5.0}
-        )
-        self.run = setup.resolve(config, for_training=False, find=lambda name, key: folder)
+        self.run = run_of(size, config)
         self.config, self.device = config, device
         precision, attention = config.model.precision, config.model.attention
         base = random_transformer(SIZES[size], precision, device)

@@ -37,14 +37,41 @@ def steps(records: list[dict[str, Any]]) -> str:
         for part in ("settings", "compared"):
             if part in record:
                 found = record[part]
-                changed = ", ".join(o.split(".", 1)[1] for o in found["overrides"]) or "defaults"
-                peak = found.get("allocated_peak_gib", found["live_peak_gib"])
                 times = [f"{found.get(f'seconds_{phase}', 0):.2f}" for phase in PHASES]
-                sizes = [f"{size:.2f}" for size in (peak, found["planned_peak_gib"], found.get("live_host_gib", 0))]
-                rates = [f"{found['utilisation']:.0%}", f"{found['samples_per_hour']:.0f}"]
-                name = f"{record['device']}, {record['size']}: {changed}"
-                lines.append([name, *sizes, f"{found['seconds']:.2f}", *times, *rates])
+                sizes = [f"{size:.2f}" for size in (peak(found), found["planned_peak_gib"], found["live_host_gib"])]
+                on_gpu = "allocated_peak_gib" in found  # a CPU's rate is that of the moment
+                rates = [f"{found['utilisation']:.0%}" if on_gpu else "", f"{found['samples_per_hour']:.0f}"]
+                lines.append([label(record, found), *sizes, f"{found['seconds']:.2f}", *times, *rates])
     return rows(header, lines)
+
+
+def label(record: dict[str, Any], part: dict[str, Any]) -> str:
+    changed = ", ".join(o.split(".", 1)[1] for o in part["overrides"]) or "defaults"
+    return f"{record['device']}, {record['size']}: {changed}"
+
+
+def peak(part: dict[str, Any]) -> float:
+    return part.get("allocated_peak_gib", part["live_peak_gib"])
+
+
+def options(records: list[dict[str, Any]]) -> str:
+    """What the second setting of a record changes against the first."""
+    lines = []
+    for record in records:
+        before, after = record["settings"], record["compared"]
+        change = ", ".join(o for o in after["overrides"] if o not in before["overrides"])
+        times = f"{after['seconds'] / before['seconds']:.2f}"
+        sizes = [f"{peak(after) / peak(before):.2f}", f"{after['live_host_gib'] - before['live_host_gib']:.2f}"]
+        lines.append([label(record, before), f"`{change}`", times, *sizes])
+    return rows(["device, model, settings", "with", "time x", "peak x", "host + GiB"], lines)
+
+
+def profiles(records: list[dict[str, Any]]) -> str:
+    lines = []
+    for record in records:
+        shares = [f"{name} {share:.0%}" for name, share in list(record["settings"]["profile"].items())[:8]]
+        lines.append([label(record, record["settings"]), ", ".join(shares)])
+    return rows(["device, model, settings", "operations by their own time"], lines)
 
 
 def errors(record: dict[str, Any]) -> str:
@@ -63,8 +90,14 @@ def page() -> str:
     parts.append("## Full DMD steps (`dmd_step.py`)\n")
     if not gpu:
         parts.append("No record from a GPU yet.\n")
-    if records:
-        parts.append(steps([*gpu, *(record for record in records if record not in gpu)]) + "\n")
+    records = [*gpu, *(record for record in records if record not in gpu)]
+    parts.append(steps(records) + "\n")
+    if compared := [record for record in records if "compared" in record]:
+        parts.append("## What an option changes (two settings, step by step in turn)\n")
+        parts.append(options(compared) + "\n")
+    if profiled := [record for record in records if "profile" in record["settings"]]:
+        parts.append("## Where a step's time goes\n")
+        parts.append(profiles(profiled) + "\n")
     parts.append("## Against a hand-written script (`minimal.py`)\n")
     record = json.loads((HERE / "minimal.json").read_text())
     parts.append(rows(["", ""], [[key.replace("_", " "), str(value)] for key, value in record.items()]) + "\n")

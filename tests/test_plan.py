@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +276,22 @@ def test_every_logged_line_has_the_rate_of_model_flops(settings, tmp_path):
 )
 def test_the_rate_of_known_devices(device, rate):
     assert planning.known_rate(device) == rate
+
+
+# ------------------------------------------------------------------------------------------------------ the records
+
+RECORDS = sorted((Path(__file__).parents[1] / "benchmarks" / "records").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: file.stem)
+def test_the_plan_of_every_record_is_within_a_tenth_of_what_was_measured(file, monkeypatch):
+    """Of full steps, on GPUs as their allocator counts, on CPUs by the storages that were alive."""
+    monkeypatch.syspath_prepend(file.parents[1])
+    import dmd_step
+
+    record = json.loads(file.read_text())
+    for part in (record[name] for name in ("settings", "compared") if name in record):
+        run = dmd_step.run_of(record["size"], dmd_step.settings(record["size"], part["overrides"]))
+        planned = make_plan(run).training_peak / GIB - planning.CONTEXT_GIB
+        measured = part.get("allocated_peak_gib", part["live_peak_gib"])
+        assert planned == pytest.approx(measured, rel=0.1), part["overrides"]

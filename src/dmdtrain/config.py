@@ -173,7 +173,7 @@ class Model(Group):
     """Folder in which quantized transformers are kept and found the next time. None: quantized at every start."""
     int8_matmul: bool = False
     """precision int8: passes without gradient (rollout, scores, sampling) multiply in int8, activations rounded with a scale
-    per token. Faster; benchmarks/precision.md has its error."""
+    per token. Faster; benchmarks/README.md has its error."""
     offload_blocks: bool = False
     """Keep the weights of frozen blocks in host memory; the block that is computed and the next are on the device. Changes no
     number. For LoRA runs on precision fp32, bf16, int8 or nf4."""

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
-from dmdtrain.train.plan import CONTEXT_GIB
+from dmdtrain.models.attention import CUDA_ORDER, works
+from dmdtrain.models.quantize import Int8Linear, int8_matmul
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "dmd_step.py"
 
@@ -29,7 +31,10 @@ def fit(settings: dict, folder, *args: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adamw8bit"])
+OPTIMIZERS = ["adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_fit_in_bf16_with_checkpointing(settings, tmp_path, optimizer):
     settings["model"]["precision"] = settings["model"]["text_encoder_precision"] = "bf16"
     settings["optimizer"]["name"] = optimizer
@@ -49,8 +54,10 @@ def test_the_same_numbers_as_on_the_cpu(settings, tmp_path, monkeypatch):
         assert gpu["critic_loss"] == pytest.approx(cpu["critic_loss"], rel=1e-3)
 
 
-def test_resume_is_exact(settings, tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_is_exact(settings, tmp_path, optimizer):
     settings["validation"]["every"] = 0
+    settings["optimizer"]["name"] = optimizer
     whole = fit(settings, tmp_path)
     (tmp_path / "run").rename(tmp_path / "whole")
     fit(settings, tmp_path, "--max-steps", "2")
@@ -84,6 +91,53 @@ def test_a_causal_student_from_its_warm_up_to_its_pipeline(settings, tmp_path, k
     assert pipe("a dog", num_frames=9).frames[0].shape[0] == 9
 
 
+def test_compiled_blocks_compute_the_same(settings, tmp_path):
+    settings["validation"]["every"] = 0
+    settings["rollout"] = {"causal": True, "num_frame_per_block": 1, "num_training_frames": 3}
+    settings["validation"]["num_frames"] = 9
+    plain = fit(settings, tmp_path)
+    (tmp_path / "run").rename(tmp_path / "plain")
+    compiled = fit(settings, tmp_path, "--set", "train.compile=true")
+    for a, b in zip(compiled, plain, strict=True):
+        assert a["critic_loss"] == pytest.approx(b["critic_loss"], rel=1e-3)
+
+
+def test_too_little_memory_is_one_line(settings, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"resolution": "512x512"}}))
+    code = (
+        "import torch; torch.cuda.set_per_process_memory_fraction(1e-4)\n"
+        f"import sys; sys.argv = ['dmdtrain', 'fit', {str(file)!r}]; from dmdtrain.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 74 and "dmdtrain: out of memory (CUDA out of memory" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("backend", CUDA_ORDER)
+def test_attention_backends_agree(backend):
+    device = torch.device("cuda")
+    if not works(backend, device, 128):
+        pytest.skip(f"{backend} is not here")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, n, 12, 128, device=device, generator=generator) for n in (300, 700, 700))
+    exact = dispatch_attention_fn(q, k, v, backend=AttentionBackendName("native"))
+    found = dispatch_attention_fn(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=AttentionBackendName(backend))
+    assert (found - exact).norm() / exact.norm() < 0.01
+
+
+def test_int8_products():
+    layer = Int8Linear.from_weight(torch.randn(1536, 1536, device="cuda") / 40, None)
+    x = torch.randn(2, 77, 1536, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = layer(x).float()
+        rounded = int8_matmul(x, layer.weight, layer.scale).float()
+        layer.multiply_in_int8 = True
+        few = layer(x[:1, :3]).float()  # fewer rows than the int8 product takes
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
+    assert torch.allclose(few, exact[:1, :3], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(tmp_path, causal):
     command = [sys.executable, str(BENCHMARK), "--size", "1.3b", "--steps", "1", "--out", str(tmp_path)]
@@ -91,5 +145,4 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(tmp_path, causal):
     subprocess.run(command, check=True)
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())["settings"]
-    planned = record["planned_peak_gib"] - CONTEXT_GIB  # which the allocator does not count
-    assert planned == pytest.approx(record["allocated_peak_gib"], rel=0.1)
+    assert record["planned_peak_gib"] == pytest.approx(record["allocated_peak_gib"], rel=0.1)

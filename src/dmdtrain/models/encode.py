@@ -16,6 +16,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from dmdtrain.config import ConfigError
+from dmdtrain.models.offload import to_device
 from dmdtrain.models.shards import Shards
 from dmdtrain.models.wan import WanFolder, load_text_encoder
 
@@ -123,7 +124,7 @@ class TextCache:
         for prompt in prompts:
             row = self._read(prompt).float()
             rows.append(torch.cat([row, row.new_zeros(self.length - len(row), row.shape[1])]))
-        return torch.stack(rows).to(self.device)
+        return to_device(torch.stack(rows), self.device)
 
     def _read(self, prompt: str) -> torch.Tensor:
         """[tokens, D] as the encoder gave it; the last 64 MiB that were asked for stay in memory."""

@@ -45,6 +45,13 @@ def copy_stream(device: torch.device) -> Any:
     return _streams[device]
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a GPU from pinned memory, so that the host does not wait for what the GPU still computes."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class HostTensor:
     """A copy of a tensor in host memory, pinned where the device is CUDA.
 

@@ -127,7 +127,7 @@ CHOICES: dict[str, Choice] = {
             "native-flash": "_native_flash",
             "native-math": "_native_math",
         },
-        "not for training; native holds: set model.attention to another backend of Diffusers",
+        "not for training; auto holds: set model.attention to another backend of Diffusers",
     ),
     "optimizer": Choice(
         ("optimizer.name",),
@@ -136,9 +136,10 @@ CHOICES: dict[str, Choice] = {
             "adamw": "adamw",
             "optimi-adamw": "adamw_bf16",
             "bnb-adamw8bit": "adamw8bit",
+            "bnb-adamw8bit-paged": "paged_adamw8bit",
             "ao-adamw8bit": "adamw8bit",
         },
-        "valid here are adamw, adamw_bf16, adamw8bit: choose one, and its learning rate",
+        "valid here are adamw, adamw_bf16, adamw8bit, paged_adamw8bit: choose one, and its learning rate",
     ),
     "lr_scheduler": Choice(
         ("schedule.name",),

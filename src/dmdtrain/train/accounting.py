@@ -164,7 +164,7 @@ def measure(run: Run, num_layers: int) -> Measured:
         _, videos = distiller.student_backward(context, draws)
         for parameter in trained["student"]:
             parameter.grad = None
-        distiller.critic_backward(context, draws, x0=videos if config.fake_score.reuse_rollout else None)
+        distiller.critic_backward(context, draws, x0=videos)  # a rollout of its own would be like the student's
         for parameter in trained["fake_score"]:
             parameter.grad = None
         if config.validation.every:

@@ -265,7 +265,7 @@ def plan(config: Config, vram: float | None, gpu: str | None, console: Console) 
             console.print(f"it fits with: {' '.join(applied)}", soft_wrap=True, highlight=False)
             return True
     console.print(
-        "no change of precision, optimizer or batch makes it fit: fewer frames or a smaller resolution would",
+        "none of these makes it fit: fewer frames or a smaller resolution would",
         soft_wrap=True,
     )
     return False

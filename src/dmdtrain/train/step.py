@@ -12,7 +12,7 @@ from dmdtrain import dmd
 from dmdtrain.config import Config, ConfigError, Rollout
 from dmdtrain.flow import add_noise, sigma_from_timestep, x0_from_flow
 from dmdtrain.models.causal import AsItIs, CausalView, KVCache, Stored, sampling_window
-from dmdtrain.models.offload import HostTensor
+from dmdtrain.models.offload import HostTensor, to_device
 from dmdtrain.models.quantize import Int8Tensor
 from dmdtrain.models.roles import RoleName, Roles
 from dmdtrain.rollout import BlockLayout, Denoiser, ExitRecord, draw_exit_steps, draw_noise, replay_backward, rollout
@@ -43,15 +43,8 @@ class Draws:
         )
 
     def to(self, device: torch.device) -> Draws:
-        """To a GPU from pinned memory, so that the host does not wait for it."""
-
-        def move(value: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda" and not value.is_cuda:
-                value = value.pin_memory()
-            return value.to(device, non_blocking=True)
-
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Draws(**{k: move(v) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        return Draws(**{k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
 
 
 def new_cache(settings: Rollout, evict: bool = False) -> KVCache | None:

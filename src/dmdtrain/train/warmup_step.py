@@ -11,6 +11,7 @@ import torch
 from dmdtrain.config import Config, Rollout
 from dmdtrain.flow import add_noise, shift_timestep, sigma_from_timestep, x0_from_flow
 from dmdtrain.models.causal import TeacherForcingView
+from dmdtrain.models.offload import to_device
 from dmdtrain.models.roles import Roles
 from dmdtrain.train.step import Stats, block_layout, context_timestep
 
@@ -30,7 +31,7 @@ class WarmupBatch:
         return WarmupBatch(*(None if v is None else v[start:stop] for v in vars(self).values()))
 
     def to(self, device: torch.device) -> WarmupBatch:
-        return WarmupBatch(*(None if v is None else v.to(device) for v in vars(self).values()))
+        return WarmupBatch(*(None if v is None else to_device(v, device) for v in vars(self).values()))
 
 
 def draw_warmup(
