@@ -172,12 +172,13 @@ class ClipLoader:
 # ---------------------------------------------------------------------------------------------------- care of the cache
 
 
-def verify_videos(run: Run, console: Console) -> int:
-    """Checks every latent file of the run's cache against its checksum; how many were damaged and are removed."""
+def verify_videos(run: Run, console: Console) -> tuple[int, int]:
+    """Checks every latent file of the run's cache against its checksum: how many there are, how many were damaged and are
+    removed."""
     cache, damaged = latent_cache(run), 0
     names = sorted(cache.names())
     if not names:
-        return 0
+        return 0, 0
     with Live(len(names), 0, console, unit="file to check") as live:
         for count, name in enumerate(names, 1):
             if problem := cache.check(name):
@@ -185,7 +186,7 @@ def verify_videos(run: Run, console: Console) -> int:
                 cache.remove(name)
                 console.print(f"removed {cache.file(name)}: {problem}", soft_wrap=True, markup=False)
             live.step(count, "")
-    return damaged
+    return len(names), damaged
 
 
 def prune_videos(run: Run, console: Console) -> tuple[int, int]:
