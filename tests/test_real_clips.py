@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from dmdtrain.config import ConfigError, build
 from dmdtrain.data.decode import read_clip
+from dmdtrain.data.latents import LatentCache
 from dmdtrain.flow import add_noise, shift_timestep, sigma_from_timestep
 from dmdtrain.models.decode import decode_latents, encode_videos
 from dmdtrain.models.wan import find_folder, load_vae
@@ -263,14 +264,14 @@ def test_a_cache_that_can_not_be_written_is_told(resolve, write, tmp_path):
     cache = tmp_path / "run" / "cache" / "videos"
     cache.mkdir(parents=True)
     (cache / "latents").write_text("in the way")
-    refused("fit", write(), says=["output_dir: ", "can not be written"])
+    refused("fit", write(), says=["data.cache_dir: ", "can not be written"])
     shutil.rmtree(cache)
     cache.write_text("in the way")
-    refused("fit", write(), says=["output_dir: ", "can not be written"])
+    refused("fit", write(), says=["data.cache_dir: ", "can not be written"])
 
 
 def test_pruning_keeps_what_the_run_uses(resolve):
-    prepare_videos(resolve(), QUIET)
+    found = prepare_videos(resolve(), QUIET)
     whole = contents(resolve())
     prepare_videos(resolve({"data.crop": "none"}), QUIET)
     cache = latent_cache(resolve())
@@ -279,9 +280,45 @@ def test_pruning_keeps_what_the_run_uses(resolve):
     for file in (old, new):
         file.write_bytes(b"xxxx")
     os.utime(old, (0, 0))
-    count, size = prune_videos(resolve(), QUIET)
+    count, size = prune_videos(resolve(), found)
     assert count == 7 and size > 4 and contents(resolve()) == whole
     assert new.exists() and not old.exists()  # somebody may be writing the new one
+    other = LatentCache(cache.path)  # as another process has it
+    assert other.names() == set(whole)
+    with pytest.raises(ConfigError, match=r"data.cache_dir: .* is in use by another process; prune when it has ended"):
+        prune_videos(resolve(), {})
+    assert contents(resolve()) == whole
+
+
+def test_runs_share_a_cache(write, tmp_path, monkeypatch):
+    """A second run elsewhere encodes nothing and loads neither encoder."""
+    shared = {"data.cache_dir": str(tmp_path / "shared"), "train.max_steps": 2}
+    done("fit", write(shared))
+    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["text", "videos"]
+    assert not (tmp_path / "run" / "cache").exists()
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("something is encoded again")
+
+    for name in ("train.clips.inspect", "train.prepare_videos.load_vae", "models.encode.load_text_encoder"):
+        monkeypatch.setattr(f"dmdtrain.{name}", forbidden)
+    done("fit", write(shared | {"train.seed": 1}), "--output-dir", tmp_path / "second")
+    assert metrics(tmp_path / "second") != metrics(tmp_path / "run")
+
+
+def test_latents_compressed_are_the_same(resolve):
+    found = prepare_videos(resolve(), QUIET)["data.videos"]
+    plain, run = contents(resolve()), resolve({"data.cache_compress": True})
+    drawn = ClipLoader(run, found, 0).draw(4)[1]
+    for name in plain:
+        latent_cache(run).remove(name)
+    prepare_videos(run, QUIET)
+    packed = contents(run)
+    assert packed.keys() == plain.keys() and all(packed[name] != plain[name] for name in plain)
+    assert torch.equal(ClipLoader(run, found, 0).draw(4)[1], drawn) and verify_videos(run, QUIET) == (6, 0)
+    first = min(packed)
+    latent_cache(run).file(first).write_bytes(packed[first][:-9] + bytes(9))
+    assert verify_videos(run, QUIET) == (6, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- in a run

@@ -432,9 +432,9 @@ class Data(Group):
     """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one, or the one called
     prompt, caption or text."""
     cache_dir: PathText | None = None
-    """Folder of text embeddings, which runs may share. None: output_dir/cache."""
+    """Folder of text embeddings and latents of clips, which runs may share. None: output_dir/cache."""
     cache_compress: bool = False
-    """Store text embeddings as zlib (level 1, lossless) of their byte planes."""
+    """Store text embeddings and latents as zlib (level 1, lossless) of their byte planes."""
     negative_prompt: str = ""
     """What the unconditional passes of teacher and fake score are given."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

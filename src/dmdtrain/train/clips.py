@@ -21,7 +21,7 @@ from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
 from dmdtrain.data.videos import IMAGES, Clip, Dropped, list_clips, shown
 from dmdtrain.files import write_text
 from dmdtrain.train.log import Live
-from dmdtrain.train.setup import Run
+from dmdtrain.train.setup import Run, cache_root
 
 REPORT = "data_report.jsonl"
 READERS = min(8, os.cpu_count() or 1)  # files that are opened at once
@@ -75,7 +75,7 @@ def num_frames(run: Run) -> int:
 
 
 def cache_folder(run: Run) -> Path:
-    return run.output_dir / "cache" / "videos"
+    return cache_root(run) / "videos"
 
 
 def source_index(run: Run) -> SourceIndex:

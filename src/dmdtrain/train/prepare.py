@@ -30,7 +30,7 @@ def prepare(config: Config, *, verify: bool, prune: bool, console: Console) -> N
     for line in describe_clips(run, clips):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if prune:
-        count, size = prune_videos(run, console)
+        count, size = prune_videos(run, clips)
         if count or clips:
             console.print(f"pruned          {count:,} latent files, {size_text(size)}", soft_wrap=True, highlight=False)
     captions = [sample.caption for found in clips.values() for sample in found.samples]

@@ -218,11 +218,16 @@ def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_sc
     }
 
 
+def cache_root(run: Run) -> Path:
+    """Folder of what the frozen encoders gave: `text` and `videos`."""
+    given = run.config.data.cache_dir
+    return run.output_dir / "cache" if given is None else Path(given).expanduser()
+
+
 def text_cache(run: Run, device: torch.device) -> TextCache:
     config = run.config
-    root = run.output_dir / "cache" if config.data.cache_dir is None else Path(config.data.cache_dir).expanduser()
     length, precision = config.data.max_sequence_length, config.model.text_encoder_precision
-    return TextCache(run.base, root / "text", length, precision, device, config.data.cache_compress)
+    return TextCache(run.base, cache_root(run) / "text", length, precision, device, config.data.cache_compress)
 
 
 def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> int:
