@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from dmdtrain.train.clips import scan
 from dmdtrain.train.prepare_videos import ClipLoader, latent_cache, prepare_videos, prune_videos, verify_videos
 from dmdtrain.train.trainer import Trainer
 from dmdtrain.train.warmup import Warmup
+from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Console(quiet=True)
@@ -364,6 +366,47 @@ def test_the_loss_of_a_causal_student_is_that_of_teacher_forcing(resolve):
     for parameter in trainer.roles.parameters("student"):
         parameter.grad = None
     assert warmup.train_step()["warmup_loss"] == pytest.approx(real, rel=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_validation_on_clips_that_are_kept_from_training(resolve, causal):
+    run = resolve({"validation.every": 1, "validation.real_clips": 2} | (CAUSAL if causal else {}))
+    trainer = Trainer(run, QUIET)
+    assert trainer.held_out is not None and trainer.real is not None
+    kept, trained = trainer.held_out.samples, trainer.real.clips.items
+    assert len(kept) == 2 and len(trained) == 4 and not set(kept) & set(trained)
+    assert kept == sorted(trainer.clips["data.videos"].samples, key=lambda s: s.sha256)[:2]
+    loss = trainer.held_out.loss(lambda: None)
+    generator = torch.Generator().manual_seed(run.config.validation.seed)
+    wanted = []
+    for sample in kept:
+        clean = trainer.real.clips.cache.read([trainer.real.clips.names[sample]])
+        context = trainer.text.get([sample.caption])
+        batch = draw_warmup(run.config, run.timesteps, run.flow_shift, context, clean, None, generator)
+        wanted.append(float(warmup_backward(trainer.roles, run.config.rollout, batch, 1.0, nullcontext)["warmup_loss"]))
+    assert loss == trainer.held_out.loss(lambda: None) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+    with torch.no_grad():
+        for parameter in trainer.roles.parameters("student"):
+            parameter.add_(0.1)
+    assert trainer.held_out.loss(lambda: None) != loss
+
+
+def test_the_loss_of_validation_is_logged_and_needs_no_training_on_clips(write, tmp_path):
+    changes = {"dmd.real_data_loss_weight": 0.0, "validation.real_clips": 2, "validation.every": 2}
+    changes |= {"train.max_steps": 2, "ema.validate_with": "both"}
+    output = done("fit", write(changes))
+    assert "data.videos 2 clips" in output and "2 of them are kept for validation" in output
+    assert len(list((tmp_path / "run" / "cache" / "videos" / "latents").rglob("*.safetensors"))) == 2
+    (line,) = [line for line in metrics(tmp_path / "run") if "validation_ema_real_loss" in line]
+    assert 0 < line["validation_ema_real_loss"] != line["validation_raw_real_loss"] > 0
+    assert "real_data_loss" not in json.dumps(metrics(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    refused(
+        "fit", write({"validation.real_clips": 6, "validation.every": 1}), says="leave none of data.videos.0 to train"
+    )
+    refused("fit", write({"validation.real_clips": 1}), says="needs validation; validation.every is 0")
+    without = {"data.videos": None, "dmd.real_data_loss_weight": 0, "validation.every": 1, "validation.real_clips": 1}
+    refused("fit", write(without), says="validation.real_clips: 1 needs data.videos")
 
 
 def test_the_weight_changes_the_student_and_nothing_that_dmd_draws(resolve):

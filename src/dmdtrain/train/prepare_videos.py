@@ -30,6 +30,7 @@ from dmdtrain.train.clips import (
     Sample,
     ahead,
     cache_folder,
+    for_training,
     how_read,
     num_frames,
     refuse_useless,
@@ -159,7 +160,7 @@ class ClipLoader:
 
     def __init__(self, run: Run, clips: Clips, seed: int):
         self.cache, self.names = latent_cache(run), latent_names(run, [clips])
-        samples = clips.samples
+        samples = for_training(run, clips)
         weights, repeats = [s.weight for s in clips.sets], [s.repeats for s in clips.sets]
         streams = streams_of(samples, [s.size for s in samples], [s.data_set for s in samples], weights, repeats)
         self.sampler = BucketSampler(streams, seed)
