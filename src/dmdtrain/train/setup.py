@@ -94,6 +94,11 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     backends = [backend.value for backend in AttentionBackendName]
     if config.model.attention not in (AUTO, *backends):
         raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *backends))}")
+    if config.model.teacher == "wan-tiny" != config.model.base:
+        raise ConfigError(
+            f"model.teacher: wan-tiny: {config.model.base} has other latents and another text encoder; to try a configuration "
+            "on the miniature, set model.base=wan-tiny as well"
+        )
     base = find(config.model.base, "model.base")
     teacher = base if config.model.teacher is None else find(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
