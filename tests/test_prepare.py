@@ -211,7 +211,9 @@ def test_sizes_as_text(size, text):
 PRELUDE = """
 import os, random, signal, sys, time
 import torch
+from pathlib import Path
 from rich.console import Console
+from safetensors import safe_open
 from dmdtrain.config import load
 from dmdtrain.models import encode
 from dmdtrain.train.prepare import prepare
@@ -245,6 +247,9 @@ assert end(start(sys.argv[2])) == 0
 TOGETHER = """
 children = [start(sys.argv[3]) for _ in range(3)]
 assert [end(child) for child in children] == [0, 0, 0]
+shards = list((Path(sys.argv[3]).parent / "shared" / "cache" / "text").glob("*.safetensors"))
+rows = sum(len(safe_open(shard, "pt").keys()) for shard in shards)
+assert rows < 2 * 1203, rows  # of 3 x 1203, if none had left to another what it did
 """
 
 

@@ -113,17 +113,19 @@ class Shards:
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def open_for_writing(self) -> None:
-        """Makes the folder, and removes what killed processes left in it unless another process uses it."""
+    def open_for_writing(self) -> bool:
+        """Makes the folder, and removes what killed processes left in it unless another process uses it. Whether none did."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.key}: {self.path} can not be made: {error.strerror}") from None
-        if self._lock.take(alone=True):
+        alone = self._lock.take(alone=True)
+        if alone:
             for name in os.listdir(self.path):
                 if LEFTOVER.fullmatch(name):
                     self._delete(self.path / name)
         self._lock.take()
+        return alone
 
     def write(self, rows: dict[str, torch.Tensor], aliases: dict[str, str], notes: dict[str, int]) -> Path:
         """A new file of rows. ConfigError where it can not be written."""

@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import json
+import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,11 +115,21 @@ def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None 
 
 
 def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: Console) -> dict[str, str]:
-    """Writes the latents of named samples; the names of those that could not be decoded, each with the reason."""
-    data, device = run.config.data, device_of_this_machine()
+    """Writes the latents of named samples; the names of those that could not be decoded, each with the reason.
 
-    def read(item: tuple[str, Sample]) -> torch.Tensor:
-        sample = item[1]
+    Several processes share the work.
+    """
+    data, device = run.config.data, device_of_this_machine()
+    items = list(missing.items())
+    if not cache.lock.take(alone=True):  # others may be at work: from another place on, until all have met
+        begin = random.randrange(len(items))
+        items = items[begin:] + items[:begin]
+    cache.lock.take()
+
+    def read(item: tuple[str, Sample]) -> torch.Tensor | None:
+        name, sample = item
+        if cache.file(name).exists():  # another process was faster
+            return None
         place = int(sample.sha256[:13], 16) / 16**13
         return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place)
 
@@ -128,12 +139,13 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
         ThreadPoolExecutor(AHEAD) as pool,
         Live(len(missing), 0, console, unit="clip") as live,
     ):
-        for count, ((name, _), video) in enumerate(ahead(pool, read, missing.items(), AHEAD), 1):
+        for count, ((name, _), reading) in enumerate(ahead(pool, read, items, AHEAD), 1):
             try:
-                latents = encode_videos(vae, video.result()[None].to(device))[0]
-                if not torch.isfinite(latents).all():
-                    raise ValueError("its latents are not finite")
-                cache.write(name, latents)
+                if (video := reading.result()) is not None:
+                    latents = encode_videos(vae, video[None].to(device))[0]
+                    if not torch.isfinite(latents).all():
+                        raise ValueError("its latents are not finite")
+                    cache.write(name, latents)
             except ValueError as error:
                 failed[name] = str(error)
                 if data.on_bad_video == "error":
