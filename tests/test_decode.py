@@ -97,7 +97,7 @@ def test_frames_are_those_seen_at_their_times(tmp_path, rate, fps, wanted):
     if wanted is None:
         with pytest.raises(ValueError, match=r"it has 1 frames at 0.5 a second; 5 are needed"):
             read_clip(file, 5, 32, 32, fps)
-        with pytest.raises(ValueError, match=r"it lasts 0.6. s; 5 frames at 0.5 a second need 8.00"):
+        with pytest.raises(ValueError, match=r"it lasts 0.6. s; 5 frames at 0.5 a second need more than 8.00"):
             check_length(read_header(file), 5, fps, image=False)
     else:
         assert numbers(read_clip(file, 5, 32, 32, fps)) == wanted

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from clip_files import write_clip
 from conftest import done, refused, run_cli
 
 from dmdtrain.config import build
@@ -152,14 +153,15 @@ def test_pruning_is_refused_while_a_run_uses_the_cache(make, tmp_path):
 
 def test_captions_of_the_warm_up_are_prepared(make, tmp_path):
     causal = {"rollout.causal": True, "warmup.kind": "teacher_forcing", "validation.num_frames": 9}
-    clips = tmp_path / "clips" / "below"
-    clips.mkdir(parents=True)
-    for name, caption in (("a", "a blue blue dog\n"), ("b", " a  dog"), ("c", "\n")):
-        (clips / f"{name}.mp4").write_bytes(b"")
-        (clips / f"{name}.txt").write_text(caption)
+    for count, (name, caption) in enumerate((("a", "a blue blue dog\n"), ("b", " a  dog"), ("c", "\n")), 9):
+        write_clip(tmp_path / "clips" / "below" / f"{name}.mp4", count, caption=caption)
     file = make(causal | {"warmup.data": str(tmp_path / "clips")})
     said = done("prepare", file)
-    assert "1 negative prompts, 2 warm-up captions; 1 duplicate" in said and "embeddings 8 needed" in said
+    assert (
+        "1 negative prompts, 2 clips' captions; 1 duplicate" in said
+        and "1 left out, listed in" in said
+        and "embeddings 8 needed" in said
+    )
     assert texts_there(file, ["a blue blue dog"]) == ["a blue blue dog"]
     synthesized = make(causal | {"warmup.steps": 1}, "made.yaml")
     done("synthesize", synthesized, "--out", tmp_path / "latents", "--what", "latents", "--count", 3, "--steps", 1)
@@ -209,7 +211,9 @@ def test_sizes_as_text(size, text):
 PRELUDE = """
 import os, random, signal, sys, time
 import torch
+from pathlib import Path
 from rich.console import Console
+from safetensors import safe_open
 from dmdtrain.config import load
 from dmdtrain.models import encode
 from dmdtrain.train.prepare import prepare
@@ -243,6 +247,9 @@ assert end(start(sys.argv[2])) == 0
 TOGETHER = """
 children = [start(sys.argv[3]) for _ in range(3)]
 assert [end(child) for child in children] == [0, 0, 0]
+shards = list((Path(sys.argv[3]).parent / "shared" / "cache" / "text").glob("*.safetensors"))
+rows = sum(len(safe_open(shard, "pt").keys()) for shard in shards)
+assert rows < 2 * 1203, rows  # of 3 x 1203, if none had left to another what it did
 """
 
 

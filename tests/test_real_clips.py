@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 from dmdtrain.config import ConfigError, build
 from dmdtrain.data.decode import read_clip
+from dmdtrain.data.latents import LatentCache
 from dmdtrain.flow import add_noise, shift_timestep, sigma_from_timestep
 from dmdtrain.models.decode import decode_latents, encode_videos
 from dmdtrain.models.wan import find_folder, load_vae
@@ -31,6 +33,7 @@ from dmdtrain.train.clips import scan
 from dmdtrain.train.prepare_videos import ClipLoader, latent_cache, prepare_videos, prune_videos, verify_videos
 from dmdtrain.train.trainer import Trainer
 from dmdtrain.train.warmup import Warmup
+from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Console(quiet=True)
@@ -234,7 +237,7 @@ def test_killed_ten_times_and_then_written_by_two_at_once(resolve, write, tmp_pa
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", KILLED, str(file)], check=True, env=environment, timeout=200)
     run = resolve({"data.crop": "random"})
-    assert verify_videos(run, QUIET) == 0
+    assert verify_videos(run, QUIET) == (6, 0)
     survived = contents(run)
     shutil.rmtree(run.output_dir / "cache")
     prepare_videos(run, QUIET)
@@ -254,7 +257,7 @@ def test_damage_is_found_and_mended(resolve, write, tmp_path):
         ConfigError, match=r"damaged \(its checksum differs\); it was removed, the same command encodes it"
     ):
         cache.read([third, first])
-    assert verify_videos(run, QUIET) == 1 and set(whole) - set(contents(run)) == {first, second}
+    assert verify_videos(run, QUIET)[1] == 1 and set(whole) - set(contents(run)) == {first, second}
     assert len(prepare_videos(run, QUIET)["data.videos"].samples) == len(found.samples)
     assert contents(run) == whole
 
@@ -263,14 +266,14 @@ def test_a_cache_that_can_not_be_written_is_told(resolve, write, tmp_path):
     cache = tmp_path / "run" / "cache" / "videos"
     cache.mkdir(parents=True)
     (cache / "latents").write_text("in the way")
-    refused("fit", write(), says=["output_dir: ", "can not be written"])
+    refused("fit", write(), says=["data.cache_dir: ", "can not be written"])
     shutil.rmtree(cache)
     cache.write_text("in the way")
-    refused("fit", write(), says=["output_dir: ", "can not be written"])
+    refused("fit", write(), says=["data.cache_dir: ", "can not be written"])
 
 
 def test_pruning_keeps_what_the_run_uses(resolve):
-    prepare_videos(resolve(), QUIET)
+    found = prepare_videos(resolve(), QUIET)
     whole = contents(resolve())
     prepare_videos(resolve({"data.crop": "none"}), QUIET)
     cache = latent_cache(resolve())
@@ -279,9 +282,45 @@ def test_pruning_keeps_what_the_run_uses(resolve):
     for file in (old, new):
         file.write_bytes(b"xxxx")
     os.utime(old, (0, 0))
-    count, size = prune_videos(resolve(), QUIET)
+    count, size = prune_videos(resolve(), found)
     assert count == 7 and size > 4 and contents(resolve()) == whole
     assert new.exists() and not old.exists()  # somebody may be writing the new one
+    other = LatentCache(cache.path)  # as another process has it
+    assert other.names() == set(whole)
+    with pytest.raises(ConfigError, match=r"data.cache_dir: .* is in use by another process; prune when it has ended"):
+        prune_videos(resolve(), {})
+    assert contents(resolve()) == whole
+
+
+def test_runs_share_a_cache(write, tmp_path, monkeypatch):
+    """A second run elsewhere encodes nothing and loads neither encoder."""
+    shared = {"data.cache_dir": str(tmp_path / "shared"), "train.max_steps": 2}
+    done("fit", write(shared))
+    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["text", "videos"]
+    assert not (tmp_path / "run" / "cache").exists()
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("something is encoded again")
+
+    for name in ("train.clips.inspect", "train.prepare_videos.load_vae", "models.encode.load_text_encoder"):
+        monkeypatch.setattr(f"dmdtrain.{name}", forbidden)
+    done("fit", write(shared | {"train.seed": 1}), "--output-dir", tmp_path / "second")
+    assert metrics(tmp_path / "second") != metrics(tmp_path / "run")
+
+
+def test_latents_compressed_are_the_same(resolve):
+    found = prepare_videos(resolve(), QUIET)["data.videos"]
+    plain, run = contents(resolve()), resolve({"data.cache_compress": True})
+    drawn = ClipLoader(run, found, 0).draw(4)[1]
+    for name in plain:
+        latent_cache(run).remove(name)
+    prepare_videos(run, QUIET)
+    packed = contents(run)
+    assert packed.keys() == plain.keys() and all(packed[name] != plain[name] for name in plain)
+    assert torch.equal(ClipLoader(run, found, 0).draw(4)[1], drawn) and verify_videos(run, QUIET) == (6, 0)
+    first = min(packed)
+    latent_cache(run).file(first).write_bytes(packed[first][:-9] + bytes(9))
+    assert verify_videos(run, QUIET) == (6, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- in a run
@@ -327,6 +366,47 @@ def test_the_loss_of_a_causal_student_is_that_of_teacher_forcing(resolve):
     for parameter in trainer.roles.parameters("student"):
         parameter.grad = None
     assert warmup.train_step()["warmup_loss"] == pytest.approx(real, rel=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_validation_on_clips_that_are_kept_from_training(resolve, causal):
+    run = resolve({"validation.every": 1, "validation.real_clips": 2} | (CAUSAL if causal else {}))
+    trainer = Trainer(run, QUIET)
+    assert trainer.held_out is not None and trainer.real is not None
+    kept, trained = trainer.held_out.samples, trainer.real.clips.items
+    assert len(kept) == 2 and len(trained) == 4 and not set(kept) & set(trained)
+    assert kept == sorted(trainer.clips["data.videos"].samples, key=lambda s: s.sha256)[:2]
+    loss = trainer.held_out.loss(lambda: None)
+    generator = torch.Generator().manual_seed(run.config.validation.seed)
+    wanted = []
+    for sample in kept:
+        clean = trainer.real.clips.cache.read([trainer.real.clips.names[sample]])
+        context = trainer.text.get([sample.caption])
+        batch = draw_warmup(run.config, run.timesteps, run.flow_shift, context, clean, None, generator)
+        wanted.append(float(warmup_backward(trainer.roles, run.config.rollout, batch, 1.0, nullcontext)["warmup_loss"]))
+    assert loss == trainer.held_out.loss(lambda: None) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+    with torch.no_grad():
+        for parameter in trainer.roles.parameters("student"):
+            parameter.add_(0.1)
+    assert trainer.held_out.loss(lambda: None) != loss
+
+
+def test_the_loss_of_validation_is_logged_and_needs_no_training_on_clips(write, tmp_path):
+    changes = {"dmd.real_data_loss_weight": 0.0, "validation.real_clips": 2, "validation.every": 2}
+    changes |= {"train.max_steps": 2, "ema.validate_with": "both"}
+    output = done("fit", write(changes))
+    assert "data.videos 2 clips" in output and "2 of them are kept for validation" in output
+    assert len(list((tmp_path / "run" / "cache" / "videos" / "latents").rglob("*.safetensors"))) == 2
+    (line,) = [line for line in metrics(tmp_path / "run") if "validation_ema_real_loss" in line]
+    assert 0 < line["validation_ema_real_loss"] != line["validation_raw_real_loss"] > 0
+    assert "real_data_loss" not in json.dumps(metrics(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    refused(
+        "fit", write({"validation.real_clips": 6, "validation.every": 1}), says="leave none of data.videos.0 to train"
+    )
+    refused("fit", write({"validation.real_clips": 1}), says="needs validation; validation.every is 0")
+    without = {"data.videos": None, "dmd.real_data_loss_weight": 0, "validation.every": 1, "validation.real_clips": 1}
+    refused("fit", write(without), says="validation.real_clips: 1 needs data.videos")
 
 
 def test_the_weight_changes_the_student_and_nothing_that_dmd_draws(resolve):

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from clip_files import write_clip
 from conftest import done, refused, run_cli
 
-from dmdtrain.config import load
+from dmdtrain.config import Config, load
 from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner.keys import known
 from dmdtrain.simpletuner.translation import LISTS
 
 # SimpleTuner's quickstart for DMD, as published.
@@ -89,11 +91,13 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
                 "warmup": shipped.warmup,  # theirs has none
                 "ema": shipped.ema,  # theirs does not set the decay
                 "validation": shipped.validation,  # with the library's prompts
+                "data": config.data.model_copy(update={"cache_dir": None}),
             }
         )
         == shipped
     )
     assert config.warmup.kind == "ode_regression" and config.ema == shipped.ema.model_copy(update={"decay": 0.995})
+    assert config.data.cache_dir == "cache/wan-dmd"
     prompts = config.validation.prompts
     assert prompts == [QUICKSTART["validation_prompt"], "a fox", "an owl"]
     assert config.validation.model_copy(update={"prompts": shipped.validation.prompts}) == shipped.validation
@@ -116,14 +120,30 @@ def test_what_is_written_is_short_and_says_why(theirs, tmp_path):
     assert "num_frames: 117" in text
 
 
-def test_the_result_trains(theirs, tmp_path):
-    theirs.imported({"max_train_steps": 2, "validation_step_interval": 2})
+SHORT = {"max_train_steps": 2, "validation_step_interval": 2}
+
+
+@pytest.mark.parametrize("with_clips", [False, True], ids=["prompts", "clips"])
+def test_the_result_trains(theirs, tmp_path, with_clips):
+    """On the miniature, with sizes to match."""
+    if with_clips:
+        for number in range(3):
+            write_clip(
+                tmp_path / "clips" / f"{number}.mp4", 21 + number, (32, 48 - 16 * number), caption=f"a red {number}"
+            )
+        theirs.imported(SHORT, dataset=[BACKENDS[0]])
+    else:
+        theirs.imported(SHORT)
+        tiny = ("--set", "model.base=wan-tiny")
+        refused("fit", "run.yaml", "--dry-run", *tiny, says="data.prompts: prompts.txt: no such file")
+        (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
+    alone = ("--set", "model.teacher=wan-tiny")
     refused(
-        "fit", "run.yaml", "--dry-run", "--set", "model.base=wan-tiny", says="data.prompts: prompts.txt: no such file"
+        "fit", "run.yaml", "--dry-run", *alone, says=["model.teacher: wan-tiny: ", "set model.base=wan-tiny as well"]
     )
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
     sizes = [
         "model.base=wan-tiny",
+        "model.teacher=wan-tiny",
         "model.precision=fp32",
         "model.text_encoder_precision=fp32",
         "student.rank=4",
@@ -140,10 +160,16 @@ def test_the_result_trains(theirs, tmp_path):
         "schedule.warmup_steps=1",
     ]
     sets = [part for size in sizes for part in ("--set", size)]
-    assert "in order" in done("fit", "run.yaml", "--dry-run", *sets)
+    said = done("fit", "run.yaml", "--dry-run", *sets)
+    assert "in order" in said and ("3 of them are kept for validation" in said) == with_clips
     done("fit", "run.yaml", *sets)
     rows = [json.loads(line) for line in (tmp_path / "output/wan-dmd/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "critic_loss" in row] == [1, 2]
+    assert any("validation_ema_real_loss" in row for row in rows) == with_clips
+    assert {file.name for file in (tmp_path / "cache/wan-dmd").iterdir()} == {
+        "text",
+        *(["videos"] if with_clips else []),
+    }
 
 
 def test_a_bidirectional_student_has_no_blocks(theirs):
@@ -333,8 +359,57 @@ def test_captions_become_prompts(theirs, clips, tmp_path, changes, wanted):
 
 
 @pytest.mark.parametrize(
+    ("changes", "ours", "value"),
+    [
+        ({}, "data.videos", [{"path": "clips"}]),
+        ({}, "data.buckets", True),
+        ({}, "validation.real_clips", 8),
+        ({"crop": True}, "data.buckets", False),
+        ({"crop": True, "crop_aspect": "preserve"}, "data.buckets", True),
+        ({"crop": True, "crop_aspect": "square"}, "data.buckets", False),
+        ({"crop_style": "random"}, "data.crop", "random"),
+        ({"repeats": 9}, "data.videos", [{"path": "clips", "repeats": 10}]),
+        ({"probability": 0.5}, "data.videos", [{"path": "clips", "weight": 0.5}]),
+        ({"probability": 0.5, "repeats": 2}, "data.videos", [{"path": "clips", "weight": 0.5}]),
+        ({"minimum_image_size": 480}, "data.minimum_size", 480),
+        ({"minimum_image_size": 0.25, "resolution_type": "area", "resolution": 0.23}, "data.minimum_size", 500),
+        ({"cache_dir_vae": "cache/vae", "cache_dir": ...}, "data.cache_dir", "cache/vae"),
+        ({"video": {"num_frames": 125, "min_frames": 125, "bucket_strategy": "aspect_ratio"}}, "data.fps", None),
+        ({"caption_strategy": "filename"}, "data.videos", None),
+    ],
+)
+def test_datasets_become_sets_of_clips(theirs, clips, changes, ours, value):
+    dataset = {key: found for key, found in (BACKENDS[0] | changes).items() if found is not ...}
+    lists, config = theirs.imported(dataset=[dataset])
+    assert lists["refused"] == []
+    rows = [row for rows in lists.values() for row in rows]
+    for key in set(dataset) - {"video", "resolution_type"}:
+        assert sum(row.startswith(f"dataset clips.{key} ") for row in rows) == 1, key
+    group, name = ours.split(".")
+    found = config.model_dump(exclude_defaults=True).get(group, {}).get(name)
+    default = getattr(getattr(Config(), group), name)
+    assert (default if found is None else found) == value
+
+
+def test_datasets_by_probability_have_weights_and_without_validation_no_clips(theirs, clips):
+    two = [BACKENDS[0] | {"id": "a", "probability": 3}, BACKENDS[0] | {"id": "b", "repeats": 1}]
+    _, config = theirs.imported(dataset=two)
+    assert [(each.weight, each.repeats) for each in config.data.videos] == [(3, 1), (1, 1)]
+    lists, config = theirs.imported({"validation_disable": True}, dataset=two)
+    assert config.data.videos is None and config.validation.real_clips == 0 and lists["refused"] == []
+    assert "dataset b.repeats = 1: of clips" in " ".join(lists["has no meaning here"])
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"crop_style": "face"}, 'dataset clips.crop_style = "face": set data.crop to center, random or none'),
+        ({"crop_aspect": "closest"}, 'dataset clips.crop_aspect = "closest": valid are data.buckets: true'),
+        ({"max_num_samples": 9}, "dataset clips.max_num_samples = 9: there is no such filter: list the clips"),
+        ({"metadata_backend": "parquet"}, "list the clips that shall be used in a metadata.jsonl"),
+        ({"repeats": -1}, "dataset clips.repeats = -1: set repeats in data.videos, 1 or more"),
+        ({"probability": -1}, "dataset clips.probability = -1: set weight in data.videos, above 0"),
+        ({"minimum_image_size": "x"}, "dataset clips.minimum_image_size = \"x\": data.minimum_size: 'x'"),
         ({"instance_data_dir": "none"}, 'dataset clips.instance_data_dir = "none": no such folder'),
         ({"instance_data_dir": ""}, "no such folder"),
         ({"caption_strategy": "parquet"}, "caption_strategy parquet: write the captions to a prompts file"),
@@ -410,7 +485,7 @@ def test_guidance_of_a_student_is_told(theirs, tmp_path):
 def test_the_tables_hold_together():
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    from dmdtrain.config import Config, groups, known_keys
+    from dmdtrain.config import groups, known_keys
 
     assert {ours for keys_ in tables.COPY.values() for ours in keys_} <= set(known_keys())
     for theirs, choice in tables.CHOICES.items():
@@ -421,6 +496,6 @@ def test_the_tables_hold_together():
                 assert name == "attention" or value in str(options), (theirs, value)
     backends = {backend.value for backend in AttentionBackendName}
     assert set(tables.CHOICES["attention_mechanism"].values.values()) <= backends | {"auto"}
-    overlap = (set(tables.COPY) | set(tables.CHOICES)) & (set(tables.AGREE) | tables.LATER)
+    overlap = (set(tables.COPY) | set(tables.CHOICES)) & set(tables.AGREE)
     assert not overlap
-    assert set(tables.THEIR_DEFAULTS) <= set(tables.known()) and Config().rollout.causal is False
+    assert set(tables.THEIR_DEFAULTS) <= set(known()) and Config().rollout.causal is False

@@ -9,6 +9,7 @@ import shutil
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -159,15 +160,6 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
-def test_bad_lines_of_metadata(clips, line):
-    (clips / "metadata.jsonl").write_text('{"file_name": "good.mp4", "text": "x"}\n' + line)
-    found, dropped = listed(clips)
-    assert found == {"good.mp4": "x"}
-    ((where, reason),) = dropped.items()
-    assert where.startswith(f"{clips / 'metadata.jsonl'}, line 2") and LINES[line] in reason
-
-
 def test_csv_lines_of_the_wrong_length(clips):
     (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\n")
     found, dropped = listed(clips)
@@ -247,6 +239,15 @@ def audio_alone(file: Path) -> None:
         container.mux(stream.encode(None))
 
 
+def huge_frames(file: Path) -> None:
+    """An AVI that claims raw frames of 12000 x 12000 pixels."""
+    write_clip(file, 6, (32, 48), "rawvideo", "bgr24", caption=None)
+    data = bytearray(file.read_bytes())
+    at = data.index(b"strf") + 12
+    data[at : at + 8] = struct.pack("<ii", 12000, 12000)
+    file.write_bytes(bytes(data))
+
+
 def unknown_codec(file: Path) -> None:
     write_clip(file, 6, caption=None)
     file.write_bytes(file.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
@@ -264,7 +265,7 @@ def garbled(file: Path) -> None:
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/hosts\n#EXT-X-ENDLIST\n"
 
-# What is put into the folder, and what the report says of it. {} in a name: the clip's own.
+# What the clip is, and what the report says of it.
 BAD = {
     "empty file": (lambda f: f.write_bytes(b""), ".mp4", "it can not be decoded"),
     "text": (lambda f: f.write_text("hello " * 100), ".mp4", "it can not be decoded"),
@@ -300,7 +301,6 @@ BAD = {
         "it is 1280 wide and 32 high; at most 32 to 1",
     ),
     "sound alone": (audio_alone, ".mp4", "it holds no video"),
-    "a folder": (lambda f: f.mkdir(), ".mp4", None),  # is walked into, and holds nothing
     "a pipe": (os.mkfifo, ".mp4", "it is no file"),
     "a link to nowhere": (lambda f: f.symlink_to("nowhere.mp4"), ".mp4", "it can not be read: No such file"),
     "a link to itself": (lambda f: f.symlink_to(f.name), ".mp4", "it can not be read: Too many levels"),
@@ -312,6 +312,14 @@ BAD = {
         "it can not be decoded",
     ),
     "a huge image": (huge, ".png", "it has more than 67108864 pixels"),
+    "huge frames": (huge_frames, ".avi", "its frames have 12000 x 12000 pixels; valid are 1 to 67108864"),
+    "an empty image": (lambda f: f.write_bytes(b""), ".jpg", "it can not be decoded"),
+    "an image named as a video": (lambda f: Image.new("RGB", (64, 64)).save(f, "JPEG"), ".mp4", "can not be decoded"),
+    "a video named as an image": (
+        lambda f: write_clip(f.with_suffix(".mkv"), 6, caption=None).rename(f),
+        ".png",
+        "not be decoded",
+    ),
     "tiny": (
         lambda f: write_clip(f, 6, (16, 96), caption=None),
         ".mp4",
@@ -335,35 +343,94 @@ def report(run: setup.Run) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_clips_are_left_out_with_a_reason(resolve, good, clips, name):
-    make, suffix, reason = BAD[name]
+def bad_clip(make: Callable, suffix: str) -> Callable:
+    def place(good: Path, clips: Path, monkeypatch) -> None:
+        make(clips / f"bad{suffix}")
+        (clips / "bad.txt").write_text("a dog")
+
+    return place
+
+
+def bad_caption(caption: bytes | None, name: str = "bad") -> Callable:
+    return lambda good, clips, monkeypatch: put(good, clips, name, caption)
+
+
+def bad_line(line: str) -> Callable:
+    def place(good: Path, clips: Path, monkeypatch) -> None:
+        (clips / "metadata.jsonl").write_text('{"file_name": "good.mp4", "text": "a red cat runs"}\n' + line)
+
+    return place
+
+
+def odd_caption(make: Callable[[Path], object]) -> Callable:
+    """A clip whose caption is no plain file."""
+
+    def place(good: Path, clips: Path, monkeypatch) -> None:
+        make(put(good, clips, "bad", None).with_suffix(".txt"))
+
+    return place
+
+
+def refusing(name: str, method: str) -> Callable:
+    """A file that this user may not read."""
+
+    def place(good: Path, clips: Path, monkeypatch) -> None:
+        put(good, clips, "bad", "a dog")
+        before = getattr(Path, method)
+
+        def refuse(file: Path, *args, **options):
+            if file.name == name:
+                raise PermissionError(13, "Permission denied")
+            return before(file, *args, **options)
+
+        monkeypatch.setattr(Path, method, refuse)
+
+    return place
+
+
+def write_nan_rate(good: Path, clips: Path, monkeypatch) -> None:
+    nan_rate(clips / "bad.avi")
+    (clips / "bad.txt").write_text("a dog")
+
+
+GOOD_LINE = '{"file_name": "good.mp4", "text": "a red cat runs"}'
+MALFORMED = (
+    {name: (bad_clip(make, suffix), reason) for name, (make, suffix, reason) in BAD.items()}
+    | {name: (bad_caption(caption), reason) for name, (caption, reason) in CAPTIONS.items()}
+    | {f"line {number}": (bad_line(line), reason) for number, (line, reason) in enumerate(LINES.items())}
+    | {
+        "no frame rate": (write_nan_rate, "it lasts 0."),
+        "not to be read": (refusing("bad.mp4", "open"), "it can not be read: Permission denied"),
+        "caption not to be read": (refusing("bad.txt", "read_text"), "its caption can not be read: Permission denied"),
+        "a folder as caption": (odd_caption(Path.mkdir), "it has no caption (bad.txt)"),
+        "a pipe as caption": (odd_caption(os.mkfifo), "it has no caption (bad.txt)"),
+        "a loop as caption": (odd_caption(lambda f: f.symlink_to(f.name)), "it has no caption (bad.txt)"),
+        "a name in unicode": (bad_caption(b"", "\u96ea\u306e\u72d0 \U0001f3ac"), "its caption is empty"),
+        "a name of two lines": (bad_caption(b"", "two\nlines\x1b[31m"), "its caption is empty"),
+        "the same clip twice": (bad_caption(b"a red  cat runs", "twice"), "it is the same as "),
+        "the same line twice": (bad_line(GOOD_LINE), "it is the same as "),
+        "a line without its file": (
+            bad_line('{"file_name": "no.mp4", "text": "x"}'),
+            "it can not be read: No such file",
+        ),
+    }
+)
+assert len(MALFORMED) >= 50
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_inputs_are_left_out_with_a_reason(resolve, good, clips, name, monkeypatch):
+    place, reason = MALFORMED[name]
     put(good, clips)
-    bad = clips / f"bad{suffix}"
-    make(bad)
-    bad.with_suffix(".txt").write_text("a dog")
-    run = resolve({"data.minimum_size": 24})
-    found = prepare_videos(run, QUIET)["data.videos"]
+    place(good, clips, monkeypatch)
+    changes = {"data.minimum_size": 24, "data.fps": 12 if name == "no frame rate" else None}
+    found = prepare_videos(resolve(changes), QUIET)["data.videos"]
     assert [sample.file.name for sample in found.samples] == ["good.mp4"]
-    if reason is None:
-        assert report(run) == []
-        return
-    (line,) = report(run)
-    assert line["key"] == "data.videos" and line["where"] == str(bad) and reason in line["reason"], line
-    with pytest.raises(ConfigError, match=r"data.videos: .*bad.*mend it, or set data.on_bad_video: skip"):
-        prepare_videos(resolve({"data.minimum_size": 24, "data.on_bad_video": "error"}), QUIET)
-
-
-@pytest.mark.parametrize("name", CAPTIONS)
-def test_bad_captions_are_left_out_with_a_reason(resolve, good, clips, name):
-    caption, reason = CAPTIONS[name]
-    put(good, clips)
-    put(good, clips, "bad", caption)
-    run = resolve()
-    assert len(scan(run, QUIET)["data.videos"].samples) == 1
-    assert [(line["where"], line["reason"][: len(reason)]) for line in report(run)] == [
-        (str(clips / "bad.mp4"), reason)
-    ]
+    (line,) = report(resolve(changes))
+    assert line["key"] == "data.videos" and line["where"].startswith(str(clips)) and reason in line["reason"], line
+    assert (line["where"] + line["reason"]).isprintable() and len(line["reason"]) < 250
+    with pytest.raises(ConfigError, match=r"data.videos: .*; mend it, or set data.on_bad_video: skip"):
+        prepare_videos(resolve(changes | {"data.on_bad_video": "error"}), QUIET)
 
 
 def test_what_is_unusual_and_fine(resolve, good, clips):

@@ -432,9 +432,9 @@ class Data(Group):
     """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one, or the one called
     prompt, caption or text."""
     cache_dir: PathText | None = None
-    """Folder of text embeddings, which runs may share. None: output_dir/cache."""
+    """Folder of text embeddings and latents of clips, which runs may share. None: output_dir/cache."""
     cache_compress: bool = False
-    """Store text embeddings as zlib (level 1, lossless) of their byte planes."""
+    """Store text embeddings and latents as zlib (level 1, lossless) of their byte planes."""
     negative_prompt: str = ""
     """What the unconditional passes of teacher and fake score are given."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -446,8 +446,8 @@ class Data(Group):
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = 512
     """Text tokens, zero-padded. `WanPipeline` uses 512 unless told otherwise."""
     videos: Annotated[Annotated[list[VideoSet], Field(min_length=1)] | None, BeforeValidator(_one_set)] = None
-    """Data sets of real clips, for the warm-up and for dmd.real_data_loss_weight: a path, or a list of `path`, `weight`,
-    `repeats`, `caption_column`. Each clip gives its first frames, as many as a training video has."""
+    """Data sets of real clips, for the warm-up, dmd.real_data_loss_weight and validation.real_clips: a path, or a list of
+    `path`, `weight`, `repeats`, `caption_column`. Each clip gives its first frames, as many as a training video has."""
     fps: Positive | None = None
     """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. None: every frame as it comes."""
     crop: Literal["center", "random", "none"] = "center"
@@ -593,6 +593,9 @@ class Validation(Group):
     """Prompt number i starts from seed + i."""
     fps: Count = 16
     """Frames a second of the videos that are written."""
+    real_clips: CountOrZero = 0
+    """Clips of data.videos that are kept from training. At every validation the student's flow-matching loss on them is logged
+    (`validation_ema_real_loss`), with the same noise and timesteps each time."""
     tiled_decoding: bool | None = None
     """Decode videos in overlapping tiles of 256 pixels, blended: less memory for large ones, and slightly other pixels. None:
     where a frame has more than 832 x 480 pixels."""
@@ -709,11 +712,21 @@ class Config(Group):
             raise ValueError(
                 f"dmd.real_data_loss_weight: {self.dmd.real_data_loss_weight} needs data.videos; valid without is 0"
             )
+        if self.validation.real_clips and self.data.videos is None:
+            raise ValueError(
+                f"validation.real_clips: {self.validation.real_clips} needs data.videos; valid without is 0"
+            )
+        if self.validation.real_clips and not self.validation.every:
+            raise ValueError(
+                f"validation.real_clips: {self.validation.real_clips} needs validation; validation.every is 0"
+            )
         warms_up = self.warmup.kind == "teacher_forcing" and self.warmup.data is None
-        if self.data.videos is not None and not (warms_up or self.dmd.real_data_loss_weight):
+        if self.data.videos is not None and not (
+            warms_up or self.dmd.real_data_loss_weight or self.validation.real_clips
+        ):
             raise ValueError(
                 "data.videos: nothing in this run uses them; they are for warmup.kind teacher_forcing without warmup.data, "
-                "and for dmd.real_data_loss_weight above 0"
+                "for dmd.real_data_loss_weight above 0 and for validation.real_clips above 0"
             )
         check_blocks(self.rollout, self.validation.num_frames, "validation.num_frames")
         if self.model.teacher is None and self.model.teacher_precision is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,30 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class FolderLock:
+    """`.lock` in a folder: held in common by those who use it, alone by one who deletes. A process that ends lets go of it."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / ".lock"
+        self._handle: IO[str] | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._handle is not None
+
+    def take(self, *, alone: bool = False) -> bool:
+        """Whether it could be had. In common it waits. True where the file system knows no locks or can not be written."""
+        try:
+            if self._handle is None:
+                self._handle = self.file.open("a")
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
 
 @contextmanager

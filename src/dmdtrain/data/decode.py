@@ -76,7 +76,9 @@ def check_length(header: Header, num_frames: int, fps: float | None, image: bool
         raise ValueError("it has no time stamps, which data.fps needs")
     elif header.seconds * fps - SLACK <= num_frames - 1:
         needed = (num_frames - 1) / fps
-        raise ValueError(f"it lasts {header.seconds:.2f} s; {num_frames} frames at {fps:g} a second need {needed:.2f}")
+        raise ValueError(
+            f"it lasts {header.seconds:.2f} s; {num_frames} frames at {fps:g} a second need more than {needed:.2f}"
+        )
 
 
 def read_clip(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dmdtrain.config import ConfigError
-from dmdtrain.files import save_tensors, write_text
+from dmdtrain.files import FolderLock, save_tensors, write_text
+from dmdtrain.packing import pack, shape_of, unpack
 
 INFO = "latents.json"
 
@@ -93,25 +95,37 @@ def holds_latents(path: Path, key: str) -> bool:
 
 
 class LatentCache:
-    """Latents by name. Files are complete or not there, whenever a writer is killed and however many write."""
+    """Latents by name. Files are complete or not there, whenever a writer is killed and however many write.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        compress: what is written from here on; both kinds are read.
+    """
+
+    def __init__(self, path: Path, compress: bool = False):
+        self.path, self.compress, self.lock = path, compress, FolderLock(path)
 
     def file(self, name: str) -> Path:
         return self.path / name[:2] / f"{name}.safetensors"
 
     def names(self) -> set[str]:
+        """What is there, and from here on stays: nobody else can prune it while this process runs."""
+        if not self.lock.held:
+            self.lock.take()
         return {file.stem for file in self.path.glob("[0-9a-f][0-9a-f]/*.safetensors")}
 
     def write(self, name: str, latents: torch.Tensor) -> None:
         """Raises ConfigError where there is no room for it."""
         half, file = latents.half().cpu().contiguous(), self.file(name)
+        metadata = {"sha256": _checksum(half)}
+        if self.compress:
+            metadata |= {"packed": json.dumps(shape_of(half))}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(file, {"latents": half}, {"sha256": _checksum(half)})
+            if not self.lock.held:
+                self.lock.take()
+            save_tensors(file, {"latents": pack(half) if self.compress else half}, metadata)
         except OSError as error:
-            raise ConfigError(f"output_dir: {file} can not be written: {error.strerror}") from None
+            raise ConfigError(f"data.cache_dir: {file} can not be written: {error.strerror}") from None
 
     def read(self, names: list[str]) -> torch.Tensor:
         """[B, C, T, H, W] in float32. A file that is damaged is removed; ConfigError then says so."""
@@ -126,9 +140,11 @@ class LatentCache:
         """What is wrong with a file, or None; its latents are added to `found`."""
         try:
             with safe_open(self.file(name), "pt") as handle:
-                latents = handle.get_tensor("latents")
-                wanted = handle.metadata()["sha256"]
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+                latents, metadata = handle.get_tensor("latents"), handle.metadata()
+                wanted = metadata["sha256"]
+                if "packed" in metadata:
+                    latents = unpack(latents, *json.loads(metadata["packed"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
             return f"it can not be read: {error}"
         if _checksum(latents) != wanted:
             return "it is damaged (its checksum differs)"

@@ -60,7 +60,7 @@ class SourceIndex:
         try:
             self._append(json.dumps(asdict(source)) + "\n")
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.file} can not be written: {error.strerror}") from None
+            raise ConfigError(f"data.cache_dir: {self.file} can not be written: {error.strerror}") from None
 
     def _append(self, line: str) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

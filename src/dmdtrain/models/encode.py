@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
@@ -61,10 +62,16 @@ class TextCache:
 
     def rows(self, prompts: Iterable[str]) -> dict[str, str]:
         """Name of the embedding -> its prompt, whether it is there or not."""
-        self.shards.refresh()
         rows: dict[str, str] = {}
-        for prompt in dict.fromkeys(prompts):
-            rows.setdefault(self._row(prompt), prompt)
+        collects = gc.isenabled()
+        gc.disable()  # an index of 100 000 rows is a million objects that stay; to look through them takes a second
+        try:
+            self.shards.refresh()
+            for prompt in dict.fromkeys(prompts):
+                rows.setdefault(self._row(prompt), prompt)
+        finally:
+            if collects:
+                gc.enable()
         return rows
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
@@ -79,22 +86,24 @@ class TextCache:
     def prepare(
         self, prompts: Iterable[str], batch_size: int = 16, progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Encodes the prompts that are not cached yet, then frees the encoder.
+        """Encodes the prompts that are not cached yet, then frees the encoder. Several processes share the work.
 
         progress: told after each batch how many prompts are done and how many bytes were written.
         """
         missing = self.missing(prompts)
         if not missing:
             return
-        self.shards.open_for_writing()
+        if not self.shards.open_for_writing():  # others may be at work: from another place on, until all have met
+            begin = random.randrange(len(missing))
+            missing = missing[begin:] + missing[:begin]
         tokenizer, encoder = load_text_encoder(self.folder, self.precision)
         encoder.to(self.device)
         rows: dict[str, torch.Tensor] = {}
         aliases: dict[str, str] = {}
         cut: dict[str, int] = {}
-        written, last = 0, time.monotonic()
-        for start in range(0, len(missing), batch_size):
-            chunk = missing[start : start + batch_size]
+        total, written, last = len(missing), 0, time.monotonic()
+        while missing:
+            chunk, missing = missing[:batch_size], missing[batch_size:]
             hidden, lengths = encode_prompts(tokenizer, encoder, chunk, self.length)
             for prompt, embedding, length in zip(chunk, hidden, lengths, strict=True):
                 name = self._row(prompt)
@@ -107,14 +116,17 @@ class TextCache:
                 aliases[self._name("given", prompt)] = name
                 if length == self.length and (whole := count_tokens(tokenizer, prompt)) > length:
                     cut[name] = whole
-            done = start + len(chunk)
             held = sum(row.nbytes for row in rows.values())
             late = time.monotonic() - last > SHARD_SECONDS
-            if len(rows) >= SHARD_PROMPTS or held >= SHARD_BYTES or late or done == len(missing):
+            if len(rows) >= SHARD_PROMPTS or held >= SHARD_BYTES or late or not missing:
                 written += self.shards.write(rows, aliases, cut).stat().st_size
                 rows, aliases, cut, last = {}, {}, {}, time.monotonic()
+                known = len(self.shards.rows)
+                self.shards.refresh()
+                if len(self.shards.rows) > known:
+                    missing = [prompt for prompt in missing if self._row(prompt) not in self.shards.rows]
             if progress is not None:
-                progress(done, written)
+                progress(total - len(missing), written)
         del encoder, tokenizer
         gc.collect()
 

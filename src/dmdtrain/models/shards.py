@@ -9,10 +9,8 @@ processes that write at once write files of their own, or the same one; what is 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import uuid
@@ -26,19 +24,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dmdtrain.config import ConfigError
+from dmdtrain.files import FolderLock
+from dmdtrain.packing import Shape, pack, shape_of, unpack
 
 FORMAT = 1
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial")
 INFO = "dmdtrain"  # one entry of the header, since safetensors writes several in any order
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Row(NamedTuple):
     """Where a tensor lies. packed: shape and dtype of one that is compressed."""
 
     file: Path
-    packed: tuple[list[int], str] | None
+    packed: Shape | None
     note: int | None
 
 
@@ -57,7 +56,7 @@ class Shards:
         self.aliases: dict[str, str] = {}
         self.damaged: dict[Path, str] = {}
         self._files: dict[Path, set[str]] = {}
-        self._lock: Any = None
+        self._lock = FolderLock(path)
 
     def refresh(self) -> None:
         """Reads the headers of files that are new; forgets those that have gone."""
@@ -74,8 +73,8 @@ class Shards:
                 index.clear()
         for file in sorted(found - known):
             self._add(file)
-        if found and self._lock is None:
-            self.hold()
+        if found and not self._lock.held:
+            self._lock.take()
 
     def _add(self, file: Path) -> None:
         try:
@@ -100,7 +99,7 @@ class Shards:
             try:
                 with safe_open(row.file, "pt") as handle:
                     tensor = handle.get_tensor(name).clone()  # else it would hold the whole file's memory map
-                return tensor if row.packed is None else _unpack(tensor, *row.packed)
+                return tensor if row.packed is None else unpack(tensor, *row.packed)
             except FileNotFoundError as error:  # someone deleted it; what he needs still is in another one
                 if retry:
                     raise ConfigError(f"{self.key}: {row.file} has gone: {error}") from None
@@ -114,25 +113,27 @@ class Shards:
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def open_for_writing(self) -> None:
-        """Makes the folder, and removes what killed processes left in it unless another process uses it."""
+    def open_for_writing(self) -> bool:
+        """Makes the folder, and removes what killed processes left in it unless another process uses it. Whether none did."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.key}: {self.path} can not be made: {error.strerror}") from None
-        if self._hold(alone=True):
+        alone = self._lock.take(alone=True)
+        if alone:
             for name in os.listdir(self.path):
                 if LEFTOVER.fullmatch(name):
                     self._delete(self.path / name)
-        self.hold()
+        self._lock.take()
+        return alone
 
     def write(self, rows: dict[str, torch.Tensor], aliases: dict[str, str], notes: dict[str, int]) -> Path:
         """A new file of rows. ConfigError where it can not be written."""
         packed = {}
         tensors = {name: row.cpu().contiguous() for name, row in rows.items()}
         if self.compress:
-            packed = {name: (list(row.shape), str(row.dtype).removeprefix("torch.")) for name, row in tensors.items()}
-            tensors = {name: _pack(row) for name, row in tensors.items()}
+            packed = {name: shape_of(row) for name, row in tensors.items()}
+            tensors = {name: pack(row) for name, row in tensors.items()}
         info = {"format": FORMAT, "packed": packed, "aliases": aliases, "notes": notes}
         data = save(tensors, metadata={INFO: json.dumps(info)})
         file = self.path / f"{hashlib.sha256(data).hexdigest()}.safetensors"
@@ -191,7 +192,7 @@ class Shards:
         Returns:
             Rows deleted and bytes freed.
         """
-        if not self._hold(alone=True):
+        if not self._lock.take(alone=True):
             raise ConfigError(f"{self.key}: {self.path} is in use by another process; prune when it has ended")
         self.refresh()
         (_, before), count = self.size(), sum(len(names) for names in self._files.values())
@@ -213,24 +214,8 @@ class Shards:
         for file in stale:
             self._delete(file)
         self.refresh()
-        self.hold()
+        self._lock.take()
         return count - len(self.rows), before - self.size()[1]
-
-    def hold(self) -> None:
-        """Keeps others from deleting until this process ends."""
-        self._hold(alone=False)
-
-    def _hold(self, alone: bool) -> bool:
-        """Whether the lock could be had. True where the file system knows no locks or can not be written."""
-        try:
-            if self._lock is None:
-                self._lock = (self.path / ".lock").open("a")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
 
 
 def _read_header(file: Path) -> tuple[list[str], dict[str, Any]]:
@@ -247,18 +232,3 @@ def _read_header(file: Path) -> tuple[list[str], dict[str, Any]]:
     if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
         raise ValueError("it is cut off")
     return list(header), info
-
-
-def _pack(tensor: torch.Tensor) -> torch.Tensor:
-    """zlib of a tensor's bytes, plane by plane: the first byte of every number, then the second, and so on.
-
-    Signs and exponents of embeddings repeat themselves, their fractions do not.
-    """
-    planes = tensor.view(torch.uint8).view(-1, tensor.element_size()).T.contiguous()
-    return torch.frombuffer(bytearray(zlib.compress(planes.numpy(), 1)), dtype=torch.uint8)
-
-
-def _unpack(packed: torch.Tensor, shape: list[int], dtype: str) -> torch.Tensor:
-    kind = DTYPES[dtype]
-    planes = torch.frombuffer(bytearray(zlib.decompress(packed.numpy())), dtype=torch.uint8)
-    return planes.view(kind.itemsize, math.prod(shape)).T.contiguous().view(kind).view(shape)

@@ -1,4 +1,4 @@
-"""Their datasets: the resolution, and the captions of the videos as prompts."""
+"""Their datasets: the resolution, the videos, and their captions as prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
 from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner.clips import KEYS, VIDEO, ClipSet, clip_set, complete_clips, minimum_size, translate_clips
 from dmdtrain.simpletuner.keys import translate_key
 from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, read_json, shown, source_of
 
@@ -16,7 +17,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
 
 def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
-    """The resolution, and the captions of the videos as prompts."""
+    """The resolution, the videos, and their captions as prompts."""
+    sets = []
     resolution = ("resolution", made.given.get("resolution"), made.given.get("resolution_type", "pixel_area"))
     for name, dataset in _read_datasets(made, data):
         if dataset.get("disabled") is True or dataset.get("disable") is True:
@@ -24,13 +26,13 @@ def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
             continue
         kind = dataset.get("dataset_type", "image")
         if kind in ("text_embeds", "image_embeds"):
-            made.say(NO_MEANING, f"{name} ({kind})", "text embeddings are kept in OUTPUT_DIR/cache")
+            made.say(NO_MEANING, f"{name} ({kind})", "embeddings and latents are kept in data.cache_dir")
             continue
         if kind != "video":
             made.say(
                 REFUSED,
                 f"{name} ({kind})",
-                "only datasets of videos, for their captions: write captions to a prompts file",
+                "only datasets of videos are read: write captions to a prompts file",
             )
             continue
         if dataset.get("resolution") is not None:
@@ -46,7 +48,10 @@ def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
                     f"resolution = {shown(of_config)}",
                     f"{name} says it",
                 )
-        _videos(made, name, dataset)
+        found = clip_set(made, dataset)
+        _videos(made, name, dataset, found)
+        sets += [] if found is None else [found]
+    complete_clips(made, sets)
     _resolution(made, *resolution)
     if made.captions:
         made.values["data.prompts"] = str(out.with_suffix(".prompts.txt"))
@@ -75,7 +80,8 @@ def _read_datasets(made: Translation, data: Path | None) -> Iterator[tuple[str, 
         yield f"dataset {dataset.get('id', number)}", dataset
 
 
-def _videos(made: Translation, name: str, dataset: dict[str, Any]) -> None:
+def _videos(made: Translation, name: str, dataset: dict[str, Any], found: ClipSet | None) -> None:
+    kind = dataset.get("resolution_type", made.given.get("resolution_type", "pixel_area"))
     flat = {key: value for key, value in dataset.items() if key != "video"}
     video = dataset.get("video", {})
     flat |= {f"video.{key}": value for key, value in video.items()} if isinstance(video, dict) else {"video": video}
@@ -85,6 +91,8 @@ def _videos(made: Translation, name: str, dataset: dict[str, Any]) -> None:
             _training_length(made, value, source)
         elif key == "instance_data_dir":
             _captions(made, dataset, value, source)
+            if found is not None:
+                made.sources.setdefault("data.videos", []).append(source)
         elif key == "caption_strategy":
             if "instance_data_dir" not in dataset:
                 made.say(
@@ -92,6 +100,10 @@ def _videos(made: Translation, name: str, dataset: dict[str, Any]) -> None:
                 )
             else:
                 made.say(NO_MEANING, source, "with instance_data_dir")
+        elif key == "minimum_image_size":
+            minimum_size(made, value, source, kind)
+        elif key in KEYS or (name_of_video := key.removeprefix("video.")) in VIDEO:
+            translate_clips(made, found, key if key in KEYS else name_of_video, value, source)
         elif key not in ("resolution", "resolution_type"):
             translate_key(made, tables.DATASET + key, value, source)
 

@@ -12,6 +12,7 @@ from dmdtrain.config import (
     VAE_TEMPORAL_FACTOR,
     Config,
     ConfigError,
+    VideoSet,
     build,
     groups,
     known_keys,
@@ -174,6 +175,10 @@ def _comment(text: str) -> str:
 def _tidy(value: Any) -> Any:
     if isinstance(value, list):
         return [_tidy(item) for item in value]
+    if isinstance(value, dict):  # one of data.videos: what it says
+        return {
+            key: _tidy(part) for key, part in value.items() if part not in (None, VideoSet.model_fields[key].default)
+        }
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e9 else value
 
 

@@ -9,15 +9,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner import clips, tables
 from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, read_json
 
 
 def translate_key(made: Translation, key: str, value: Any, source: str) -> None:
     distillation = key.removeprefix(tables.DISTILLATION) if key.startswith(tables.DISTILLATION) else None
     if value is None:
-        known = key in tables.known()
-        made.say(SAME if known else REFUSED, source, "not set" if known else _unknown(key))
+        is_known = key in known()
+        made.say(SAME if is_known else REFUSED, source, "not set" if is_known else _unknown(key))
     elif not made.causal and distillation in tables.BLOCKS:
         made.say(NO_MEANING, source, "a bidirectional student makes all frames as one block")
     elif key in HANDLERS:
@@ -46,8 +46,6 @@ def _leave(made: Translation, key: str, value: Any, source: str) -> None:
         agreeing, otherwise = tables.AGREE[key]
         agrees = any(type(value) is type(ours) and value == ours for ours in agreeing)
         made.say(SAME if agrees else REFUSED, source, "as it is done here" if agrees else otherwise)
-    elif key in tables.LATER:
-        made.say(NO_MEANING, source, f"not yet: {tables.VIDEOS}")
     elif _fits(key, tables.SWITCHES):
         on = value not in (False, 0, "", "none", "None", [], {})
         made.say(REFUSED if on else NO_MEANING, source, "another way to train than DMD" if on else "off")
@@ -63,7 +61,7 @@ def _fits(key: str, names: str) -> bool:
 
 
 def _unknown(key: str) -> str:
-    scope = [known for known in tables.known() if known.rpartition(".")[0] == key.rpartition(".")[0]]
+    scope = [name for name in known() if name.rpartition(".")[0] == key.rpartition(".")[0]]
     near = difflib.get_close_matches(key, scope, 1, 0.6)
     return "unknown key" + (
         f"; did you mean {near[0].rpartition('.')[2]}?" if near else "; remove it if it is not yours"
@@ -219,6 +217,10 @@ def _agreed(made: Translation, value: Any, source: str) -> None:
     made.say(SAME, source, "what dmdtrain does")
 
 
+def _minimum_size(made: Translation, value: Any, source: str) -> None:
+    clips.minimum_size(made, value, source, made.given.get("resolution_type", "pixel_area"))
+
+
 def _elsewhere(made: Translation, value: Any, source: str) -> None:
     """Read with the datasets."""
 
@@ -249,7 +251,26 @@ HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
     "validation_prompt_library": _prompt_library,
     "user_prompt_library": _prompt_library,
     "validation_resolution": _validation_resolution,
+    "minimum_image_size": _minimum_size,
     "resolution": _elsewhere,
     "resolution_type": _elsewhere,
     "data_backend_config": _elsewhere,
 }
+
+OF_DATASETS = (
+    "instance_data_dir",
+    "caption_strategy",
+    "num_frames",
+    "resolution",
+    "resolution_type",
+    "minimum_image_size",
+)
+
+
+def known() -> list[str]:
+    """Names of theirs that are told apart here, without patterns."""
+    words = " ".join([*(names for names, _ in tables.NO_MEANING), tables.SWITCHES, tables.SWITCHED]).split()
+    of_datasets = [tables.DATASET + key for key in (*OF_DATASETS, *clips.KEYS)]
+    of_datasets += [f"{tables.DATASET}video.{key}" for key in ("num_frames", *clips.VIDEO)]
+    tabled = (*tables.COPY, *tables.CHOICES, *tables.AGREE, *tables.ALIASES)
+    return [*tabled, *HANDLERS, *of_datasets, *(word for word in words if "*" not in word)]

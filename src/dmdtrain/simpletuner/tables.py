@@ -63,6 +63,8 @@ COPY: dict[str, tuple[str, ...]] = {
     "caption_dropout_probability": ("data.caption_dropout",),
     "tokenizer_max_length": ("data.max_sequence_length",),
     "output_dir": ("output_dir",),
+    "aspect_bucket_rounding": ("data.aspect_bucket_rounding",),
+    "compress_disk_cache": ("data.cache_compress",),
 }
 
 # Older names of theirs.
@@ -222,37 +224,11 @@ AGREE: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataset.video.is_i2v": ((False,), "only text-to-video can be distilled"),
 }
 
-VIDEOS = "the student is trained on what it generates from prompts; of a dataset only the captions are taken"
-# Settings of videos. To translate one, move it to COPY with its key of ours.
-LATER = {
-    "aspect_bucket_rounding",
-    "minimum_image_size",
-    "maximum_image_size",
-    "target_downsample_size",
-    *(
-        f"dataset.{key}"
-        for key in (
-            *(
-                "crop",
-                "crop_aspect",
-                "crop_aspect_buckets",
-                "crop_style",
-                "minimum_aspect_ratio",
-                "maximum_aspect_ratio",
-            ),
-            *("minimum_image_size", "maximum_image_size", "target_downsample_size", "max_upscale_threshold"),
-            *("frame_interval", "min_frames", "max_frames", "max_num_samples", "probability", "repeats"),
-            *("cache_dir", "cache_dir_vae", "vae_batch_size", "metadata_backend"),
-            *("video.bucket_strategy", "video.frame_interval", "video.min_frames", "video.max_frames"),
-        )
-    ),
-}
-
 # Keys that have no meaning here (shell patterns), and why. The first that fits holds.
 NO_MEANING: list[tuple[str, str]] = [
     (
         """push_* hub_* publishing_config model_card_* modelspec_comment post_*_script""",
-        "nothing is uploaded; export-lora and export-pipeline write files",
+        "nothing is uploaded by itself: `hf upload REPO FILE` sends what export-lora and export-pipeline write",
     ),
     (
         """tracker_* custom_tracker webhook_* logging_dir merge_environment_config""",
@@ -264,18 +240,19 @@ NO_MEANING: list[tuple[str, str]] = [
         "train.max_steps and schedule decide",
     ),
     (
-        """compress_disk_cache cache_* text_cache_* text_embed_* preserve_data_backend_cache write_batch_size
+        """cache_* text_cache_* text_embed_* preserve_data_backend_cache write_batch_size
         read_batch_size text_encoder_batch_size fully_unload_text_encoder keep_vae_loaded""",
-        "text embeddings are kept in OUTPUT_DIR/cache; text encoder and codec are not resident",
+        "embeddings and latents are kept in data.cache_dir; text encoder and codec are not resident",
     ),
     (
         """delete_* disable_bucket_pruning allow_dataset_oversubscription skip_file_discovery data_backend_sampling
-        aspect_bucket_* image_processing_* metadata_update_interval dataloader_* max_workers *nsfw* ignore_missing_files
+        aspect_bucket_alignment aspect_bucket_disable_* image_processing_*
+        metadata_update_interval dataloader_* max_workers *nsfw* ignore_missing_files
         override_dataset_config conditioning_multidataset_sampling enable_multiprocessing aws_* max_upscale_threshold
-        disable_multiline_split caption_strategy""",
-        "the student is trained from prompts; nothing of a user's is deleted",
+        maximum_image_size target_downsample_size disable_multiline_split caption_strategy""",
+        "data sets are read as they are; nothing of a user's is deleted",
     ),
-    ("""vae_*""", "the codec only decodes validation videos here"),
+    ("""vae_*""", "clips are encoded one at a time, videos decoded block by block"),
     ("""disable_benchmark benchmark_*""", "`validate --compare-teacher` renders the teacher beside the student"),
     (
         """offload_* *group_offload* ramtorch* musubi_* accelerator_cache_clear_interval gradient_checkpointing_*
@@ -319,7 +296,7 @@ NO_MEANING: list[tuple[str, str]] = [
         dataset.delete_* dataset.dataset_name dataset.start_* dataset.end_* dataset.disable_validation
         dataset.source_dataset_id dataset.max_workers dataset.shuffle dataset.timestep_sampling_offset
         dataset.slider_strength dataset.audio* dataset.s2v_* dataset.webshart* dataset.aws_* dataset.*nsfw*""",
-        VIDEOS,
+        "what a dataset has of its own is its folder, its captions and its sizes",
     ),
 ]
 
@@ -332,15 +309,3 @@ SWITCHED = """crepa_* urepa_* irepa_* layersync_* xm_* nextlat_* twinflow_* diff
     internal_guidance_* refiner_training_* assistant_lora_* disable_assistant_lora singlora_* lycoris_config sdnq_*
     sageattention_usage validation_internal_guidance_scale pretrained_*_subfolder pretrained_grounding_* init_lora_*
     text_encoder_lr grounding_*"""
-
-
-def known() -> list[str]:
-    """Names of theirs that are told apart here, without patterns."""
-    words = " ".join([*(names for names, _ in NO_MEANING), SWITCHES, SWITCHED]).split()
-    handled = ("model_family", "distillation_method", "pretrained_model_name_or_path", "pretrained_t5_model_name_or_path",
-               "peft_lora_target_modules", "adam_beta1", "adam_beta2", "use_ema", "report_to", "resume_from_checkpoint",
-               "num_train_epochs", "validation_disable", "validation_num_inference_steps", "validation_prompt",
-               "validation_prompt_library", "user_prompt_library", "resolution", "data_backend_config",
-               "dataset.instance_data_dir", "dataset.caption_strategy", "dataset.num_frames", "dataset.resolution",
-               "dataset.resolution_type", "dataset.video.num_frames")  # fmt: skip
-    return [*COPY, *CHOICES, *AGREE, *LATER, *ALIASES, *handled, *(word for word in words if "*" not in word)]

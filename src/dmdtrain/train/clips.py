@@ -21,7 +21,7 @@ from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
 from dmdtrain.data.videos import IMAGES, Clip, Dropped, list_clips, shown
 from dmdtrain.files import write_text
 from dmdtrain.train.log import Live
-from dmdtrain.train.setup import Run
+from dmdtrain.train.setup import Run, cache_root
 
 REPORT = "data_report.jsonl"
 READERS = min(8, os.cpu_count() or 1)  # files that are opened at once
@@ -69,13 +69,18 @@ def warmup_key(run: Run) -> str | None:
     return wanted if wanted in clip_sets(run) else None
 
 
+def trains_on(run: Run, key: str) -> bool:
+    """Whether clips are trained on; else they serve validation alone."""
+    return key == warmup_key(run) or (key == "data.videos" and run.config.dmd.real_data_loss_weight > 0)
+
+
 def num_frames(run: Run) -> int:
     """Video frames of a clip: as many as the teacher is asked to judge in DMD."""
     return 1 + VAE_TEMPORAL_FACTOR * (run.config.rollout.warmup_frames - 1)
 
 
 def cache_folder(run: Run) -> Path:
-    return run.output_dir / "cache" / "videos"
+    return cache_root(run) / "videos"
 
 
 def source_index(run: Run) -> SourceIndex:
@@ -110,6 +115,8 @@ def scan(run: Run, console: Console) -> dict[str, Clips]:
             samples += used
             dropped += unlisted + unused
         found[key] = Clips(key, listed, samples, dropped)
+        if not trains_on(run, key):
+            found[key].samples[:] = held_out(run, found[key])
     write_report(run, found)
     for clips_found in found.values():
         refuse_useless(run, clips_found)
@@ -187,16 +194,35 @@ def how_read(run: Run) -> str:
     return f"{num_frames(run)} frames at {run.config.data.fps}"
 
 
+def held_out(run: Run, clips: Clips) -> list[Sample]:
+    """The samples that validation keeps from training: those of validation.real_clips files, whose content chooses them."""
+    wanted = run.config.validation.real_clips if clips.key == "data.videos" else 0
+    files = set(sorted({sample.sha256 for sample in clips.samples})[:wanted])
+    return sorted((s for s in clips.samples if s.sha256 in files), key=lambda s: (s.sha256, s.data_set, s.caption))
+
+
+def for_training(run: Run, clips: Clips) -> list[Sample]:
+    kept = set(held_out(run, clips))
+    return [sample for sample in clips.samples if sample not in kept]
+
+
 def refuse_useless(run: Run, clips: Clips) -> None:
     if clips.dropped and run.config.data.on_bad_video == "error":
         first = clips.dropped[0]
         raise ConfigError(f"{clips.key}: {first.where}: {first.reason}; mend it, or set data.on_bad_video: skip")
+    trained, of_training = trains_on(run, clips.key), {sample.data_set for sample in for_training(run, clips)}
+    there = {sample.data_set for sample in clips.samples}
     for number, video_set in enumerate(clips.sets):
-        if not any(sample.data_set == number for sample in clips.samples):
+        if number not in there and (trained or not there):
             why = next((f"; the first: {d.where}: {d.reason}" for d in clips.dropped), "")
             name = clips.key if clips.key == "warmup.data" else f"{clips.key}.{number}"
             raise ConfigError(
                 f"{name}: no clip of {shown(video_set.path)} can be used; they need a caption and {_needed(run)}{why}"
+            )
+        if trained and number not in of_training:
+            raise ConfigError(
+                f"validation.real_clips: {run.config.validation.real_clips} clips of validation leave none of "
+                f"{clips.key}.{number} to training; {clips.key} has {len(clips.samples)} clips in all"
             )
 
 
@@ -236,6 +262,8 @@ def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:
         lines.append(
             f"{clips.key:<15} {len(clips.samples):,} clips, {hours:.2f} hours, {_needed(run)}{own} of each; {each}{more}"
         )
+        if kept := held_out(run, clips):
+            lines.append(f"{'':<15} {len(kept):,} of them are kept for validation")
         if clips.dropped:
             first = clips.dropped[0]
             lines.append(

@@ -21,14 +21,18 @@ def prepare(config: Config, *, verify: bool, prune: bool, console: Console) -> N
     run = resolve(config)
     check_data(run)
     if verify:
-        damaged = verify_videos(run, console)
-        console.print(f"clips           {damaged:,} damaged latent files removed", soft_wrap=True, highlight=False)
+        files, damaged = verify_videos(run, console)
+        if files:
+            console.print(
+                f"verified        {files:,} latent files, {damaged:,} damaged", soft_wrap=True, highlight=False
+            )
     clips = prepare_videos(run, console)
     for line in describe_clips(run, clips):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if prune:
-        count, size = prune_videos(run, console)
-        console.print(f"pruned          {count:,} latent files, {size_text(size)}", soft_wrap=True, highlight=False)
+        count, size = prune_videos(run, clips)
+        if count or clips:
+            console.print(f"pruned          {count:,} latent files, {size_text(size)}", soft_wrap=True, highlight=False)
     captions = [sample.caption for found in clips.values() for sample in found.samples]
     prepare_text(run, console, captions, verify=verify, prune=prune)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import BucketSampler, streams_of
 from dmdtrain.data.decode import read_clip
 from dmdtrain.data.latents import LatentCache
@@ -27,6 +31,7 @@ from dmdtrain.train.clips import (
     Sample,
     ahead,
     cache_folder,
+    for_training,
     how_read,
     num_frames,
     refuse_useless,
@@ -42,7 +47,13 @@ STALE_SECONDS = 3600.0  # after which nobody is taken to write a partial file an
 
 
 def latent_cache(run: Run) -> LatentCache:
-    return LatentCache(cache_folder(run) / "latents")
+    return _cache_at(cache_folder(run) / "latents", run.config.data.cache_compress)
+
+
+@functools.cache
+def _cache_at(path: Path, compress: bool) -> LatentCache:
+    """One for all of a process, so that it holds its lock to the end."""
+    return LatentCache(path, compress)
 
 
 def codec_identity(folder: WanFolder, index: SourceIndex) -> str:
@@ -60,6 +71,12 @@ def latent_name(run: Run, codec: str, sample: Sample) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def latent_names(run: Run, found: Iterable[Clips]) -> dict[Sample, str]:
+    """The name of every sample's latents."""
+    codec = codec_identity(run.base, source_index(run))
+    return {sample: latent_name(run, codec, sample) for clips in found for sample in clips.samples}
+
+
 def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None = None) -> dict[str, Clips]:
     """Encodes what is missing of the latents of a run's clips. A clip that can not be decoded is left out, and remembered.
 
@@ -69,8 +86,7 @@ def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None 
     if not found:
         return found
     cache, index = latent_cache(run), source_index(run)
-    codec = codec_identity(run.base, index)
-    names = {sample: latent_name(run, codec, sample) for clips in found.values() for sample in clips.samples}
+    names = latent_names(run, found.values())
     there = cache.names()
     missing = {name: sample for sample, name in names.items() if name not in there}
     failed = _encode(run, missing, cache, console) if missing else {}
@@ -99,11 +115,21 @@ def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None 
 
 
 def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: Console) -> dict[str, str]:
-    """Writes the latents of named samples; the names of those that could not be decoded, each with the reason."""
-    data, device = run.config.data, device_of_this_machine()
+    """Writes the latents of named samples; the names of those that could not be decoded, each with the reason.
 
-    def read(item: tuple[str, Sample]) -> torch.Tensor:
-        sample = item[1]
+    Several processes share the work.
+    """
+    data, device = run.config.data, device_of_this_machine()
+    items = list(missing.items())
+    if not cache.lock.take(alone=True):  # others may be at work: from another place on, until all have met
+        begin = random.randrange(len(items))
+        items = items[begin:] + items[:begin]
+    cache.lock.take()
+
+    def read(item: tuple[str, Sample]) -> torch.Tensor | None:
+        name, sample = item
+        if cache.file(name).exists():  # another process was faster
+            return None
         place = int(sample.sha256[:13], 16) / 16**13
         return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place)
 
@@ -113,12 +139,13 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
         ThreadPoolExecutor(AHEAD) as pool,
         Live(len(missing), 0, console, unit="clip") as live,
     ):
-        for count, ((name, _), video) in enumerate(ahead(pool, read, missing.items(), AHEAD), 1):
+        for count, ((name, _), reading) in enumerate(ahead(pool, read, items, AHEAD), 1):
             try:
-                latents = encode_videos(vae, video.result()[None].to(device))[0]
-                if not torch.isfinite(latents).all():
-                    raise ValueError("its latents are not finite")
-                cache.write(name, latents)
+                if (video := reading.result()) is not None:
+                    latents = encode_videos(vae, video[None].to(device))[0]
+                    if not torch.isfinite(latents).all():
+                        raise ValueError("its latents are not finite")
+                    cache.write(name, latents)
             except ValueError as error:
                 failed[name] = str(error)
                 if data.on_bad_video == "error":
@@ -144,9 +171,8 @@ class ClipLoader:
     """Encoded clips, a bucket at a time."""
 
     def __init__(self, run: Run, clips: Clips, seed: int):
-        index = source_index(run)
-        self.run, self.cache, self.codec = run, latent_cache(run), codec_identity(run.base, index)
-        samples = clips.samples
+        self.cache, self.names = latent_cache(run), latent_names(run, [clips])
+        samples = for_training(run, clips)
         weights, repeats = [s.weight for s in clips.sets], [s.repeats for s in clips.sets]
         streams = streams_of(samples, [s.size for s in samples], [s.data_set for s in samples], weights, repeats)
         self.sampler = BucketSampler(streams, seed)
@@ -154,7 +180,7 @@ class ClipLoader:
     def draw(self, n: int) -> tuple[list[str], torch.Tensor, None]:
         """Captions and latents [n, C, T, H, W], all of one size; clips have no states."""
         drawn = self.sampler.draw(n)
-        latents = self.cache.read([latent_name(self.run, self.codec, sample) for sample in drawn])
+        latents = self.cache.read([self.names[sample] for sample in drawn])
         return [sample.caption for sample in drawn], latents, None
 
     @property
@@ -172,12 +198,13 @@ class ClipLoader:
 # ---------------------------------------------------------------------------------------------------- care of the cache
 
 
-def verify_videos(run: Run, console: Console) -> int:
-    """Checks every latent file of the run's cache against its checksum; how many were damaged and are removed."""
+def verify_videos(run: Run, console: Console) -> tuple[int, int]:
+    """Checks every latent file of the run's cache against its checksum: how many there are, how many were damaged and are
+    removed."""
     cache, damaged = latent_cache(run), 0
     names = sorted(cache.names())
     if not names:
-        return 0
+        return 0, 0
     with Live(len(names), 0, console, unit="file to check") as live:
         for count, name in enumerate(names, 1):
             if problem := cache.check(name):
@@ -185,19 +212,24 @@ def verify_videos(run: Run, console: Console) -> int:
                 cache.remove(name)
                 console.print(f"removed {cache.file(name)}: {problem}", soft_wrap=True, markup=False)
             live.step(count, "")
-    return damaged
+    return len(names), damaged
 
 
-def prune_videos(run: Run, console: Console) -> tuple[int, int]:
-    """Removes latents that the run does not use, and what killed writers left: how many files, how many bytes."""
-    cache, index = latent_cache(run), source_index(run)
-    found = scan(run, console)
-    codec_id = codec_identity(run.base, index) if found else ""
-    wanted = {latent_name(run, codec_id, sample) for clips in found.values() for sample in clips.samples}
+def prune_videos(run: Run, found: dict[str, Clips]) -> tuple[int, int]:
+    """Removes latents of other clips than those that were found, and what killed writers left: how many files, and bytes.
+
+    Raises:
+        ConfigError: another process uses the cache.
+    """
+    cache = latent_cache(run)
+    if not cache.lock.take(alone=True):
+        raise ConfigError(f"data.cache_dir: {cache.path} is in use by another process; prune when it has ended")
+    wanted = set(latent_names(run, found.values()).values()) if found else set()
     stale = [cache.file(name) for name in cache.names() - wanted]
     stale += [f for f in cache.leftovers() if time.time() - f.stat().st_mtime > STALE_SECONDS]
     size = sum(file.stat().st_size for file in stale)
     for file in stale:
         file.unlink(missing_ok=True)
     source_index(run).compact()
+    cache.lock.take()
     return len(stale), size

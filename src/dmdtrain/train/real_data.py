@@ -1,4 +1,4 @@
-"""The student's flow-matching loss on real clips, beside DMD."""
+"""The student's flow-matching loss on real clips: beside DMD, and in validation on clips that are kept from training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.roles import Roles
-from dmdtrain.train.prepare_videos import ClipLoader
+from dmdtrain.train.clips import Clips, held_out
+from dmdtrain.train.prepare_videos import ClipLoader, latent_cache, latent_names
 from dmdtrain.train.setup import Run
 from dmdtrain.train.step import Stats
-from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
+from dmdtrain.train.warmup_step import draw_warmup, warmup_backward, warmup_loss
 
 
 class RealData:
@@ -47,3 +48,27 @@ class RealData:
     def state_dict(self) -> dict[str, torch.Tensor]:
         position = {f"clips.{key}": value for key, value in self.clips.state_dict().items()}
         return {"draws": self.generator.get_state()} | position
+
+
+class HeldOut:
+    """The loss of `RealData` on validation.real_clips: the same clips, noise and timesteps every time, so that only the student
+    makes the difference."""
+
+    def __init__(
+        self, run: Run, clips: Clips, roles: Roles, text: TextCache, autocast: Callable[[], AbstractContextManager]
+    ):
+        self.run, self.roles, self.text, self.autocast = run, roles, text, autocast
+        self.samples = held_out(run, clips)
+        self.cache, self.names = latent_cache(run), latent_names(run, [clips])
+
+    @torch.no_grad()
+    def loss(self, check: Callable[[], None]) -> float:
+        """Mean over the clips, one at a time. check: called before each; may raise."""
+        config, losses = self.run.config, []
+        generator = torch.Generator().manual_seed(config.validation.seed)
+        for sample in self.samples:
+            check()
+            context, clean = self.text.get([sample.caption]), self.cache.read([self.names[sample]])
+            batch = draw_warmup(config, self.run.timesteps, self.run.flow_shift, context, clean, None, generator)
+            losses.append(warmup_loss(self.roles, config.rollout, batch.to(self.text.device), self.autocast))
+        return float(torch.stack(losses).mean())

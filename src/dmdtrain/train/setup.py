@@ -94,6 +94,11 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     backends = [backend.value for backend in AttentionBackendName]
     if config.model.attention not in (AUTO, *backends):
         raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *backends))}")
+    if config.model.teacher == "wan-tiny" != config.model.base:
+        raise ConfigError(
+            f"model.teacher: wan-tiny: {config.model.base} has other latents and another text encoder; to try a configuration "
+            "on the miniature, set model.base=wan-tiny as well"
+        )
     base = find(config.model.base, "model.base")
     teacher = base if config.model.teacher is None else find(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
@@ -218,11 +223,16 @@ def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_sc
     }
 
 
+def cache_root(run: Run) -> Path:
+    """Folder of what the frozen encoders gave: `text` and `videos`."""
+    given = run.config.data.cache_dir
+    return run.output_dir / "cache" if given is None else Path(given).expanduser()
+
+
 def text_cache(run: Run, device: torch.device) -> TextCache:
     config = run.config
-    root = run.output_dir / "cache" if config.data.cache_dir is None else Path(config.data.cache_dir).expanduser()
     length, precision = config.data.max_sequence_length, config.model.text_encoder_precision
-    return TextCache(run.base, root / "text", length, precision, device, config.data.cache_compress)
+    return TextCache(run.base, cache_root(run) / "text", length, precision, device, config.data.cache_compress)
 
 
 def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> int:

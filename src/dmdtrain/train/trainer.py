@@ -33,7 +33,7 @@ from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_st
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.plan import changes, known_rate, memory_line
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
-from dmdtrain.train.real_data import RealData
+from dmdtrain.train.real_data import HeldOut, RealData
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.saver import TrainingStopped, is_out_of_memory
 from dmdtrain.train.setup import (
@@ -187,6 +187,9 @@ class Trainer:
         if self.config.dmd.real_data_loss_weight:
             clips = ClipLoader(run, self.clips["data.videos"], self.config.train.seed + 3)
             self.real = RealData(run, clips, self.roles, self.text, self.distiller.autocast)
+        self.held_out: HeldOut | None = None
+        if self.config.validation.real_clips:
+            self.held_out = HeldOut(run, self.clips["data.videos"], self.roles, self.text, self.distiller.autocast)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
@@ -368,8 +371,9 @@ class Trainer:
                     settings.negative_prompt,
                     interrupt.check,
                 )
+                real = {} if self.held_out is None else {"real_loss": self.held_out.loss(interrupt.check)}
             columns["student" if weights == choice else f"student {weights}"] = videos
-            measured[f"validation_{weights}"] = measure(videos)
+            measured[f"validation_{weights}"] = measure(videos) | real
             gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
             log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]
         interrupt.check()

@@ -76,7 +76,16 @@ def draw_warmup(
 def warmup_backward(
     roles: Roles, settings: Rollout, batch: WarmupBatch, weight: float, autocast: Callable[[], AbstractContextManager]
 ) -> Stats:
-    """Accumulates the student's gradient of one micro-batch; weight: its share of the update.
+    """Accumulates the student's gradient of one micro-batch; weight: its share of the update."""
+    loss = warmup_loss(roles, settings, batch, autocast)
+    (loss * weight).backward()
+    return {"warmup_loss": loss.detach()}
+
+
+def warmup_loss(
+    roles: Roles, settings: Rollout, batch: WarmupBatch, autocast: Callable[[], AbstractContextManager]
+) -> torch.Tensor:
+    """The student's mean squared error, of the flow or (ode_regression) of x0.
 
     One pass over [context | noisy]: unlike in the rollout, gradient reaches what the context is read through. A bidirectional
     student has no context.
@@ -85,9 +94,7 @@ def warmup_backward(
         assert batch.flow is not None
         with autocast():
             flow = roles.flow("student", batch.noisy, batch.timestep[:, 0], batch.context)
-        loss = (flow.float() - batch.flow).square().mean()
-        (loss * weight).backward()
-        return {"warmup_loss": loss.detach()}
+        return (flow.float() - batch.flow).square().mean()
     blocks = tuple(block_layout(settings, batch.clean.shape[2]).slices)
     view = TeacherForcingView(blocks, settings.local_attention_frames, settings.sink_frames)
     cached = torch.full_like(batch.timestep, context_timestep(settings))
@@ -101,8 +108,5 @@ def warmup_backward(
         )
     flow = both[:, :, batch.clean.shape[2] :].float()
     if batch.flow is not None:
-        loss = (flow - batch.flow).square().mean()
-    else:
-        loss = (x0_from_flow(batch.noisy, flow, sigma_from_timestep(batch.timestep)) - batch.clean).square().mean()
-    (loss * weight).backward()
-    return {"warmup_loss": loss.detach()}
+        return (flow - batch.flow).square().mean()
+    return (x0_from_flow(batch.noisy, flow, sigma_from_timestep(batch.timestep)) - batch.clean).square().mean()
