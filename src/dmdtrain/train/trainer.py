@@ -19,7 +19,7 @@ from rich.console import Console
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.files import write_text
+from dmdtrain.files import is_partial, remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import interrupt, validation
 from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms, measure
@@ -71,7 +71,8 @@ def check_output(config: Config, resume: str) -> None:
         where = f"{output}: {above}" if above != output else output
         raise ConfigError(f"output_dir: {where} is not a folder")
     owned = output / "config.yaml"
-    if not owned.exists() and output.exists() and any(f.name not in ("cache", LOCK, REPORT) for f in output.iterdir()):
+    there = [f.name for f in output.iterdir() if not is_partial(f)] if output.exists() else []
+    if not owned.exists() and not {"cache", LOCK, REPORT}.issuperset(there):
         raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
     if resume not in ("auto", "never"):
         folder = Path(resume)
@@ -521,6 +522,8 @@ def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console:
     try:
         for root in (output / CHECKPOINTS, output / WARMUP):
             checkpoints.remove_leftovers(root)
+        for folder in (output, output / WARMUP, output / BAD_STEPS, *(output / "samples").glob("*")):
+            remove_partial(folder)
         write_text(output / "config.yaml", configuration.dump(run.config))
         for folder, what in damaged.items():
             moved = checkpoints.set_aside(folder, "damaged")
