@@ -621,19 +621,21 @@ class Alarms(Group):
     (`alarms_...`); it never changes training."""
 
     window: Annotated[int, Field(ge=10)] = 100
-    """Updates over which running means forget. Alarms begin after a fifth of it."""
-    x0_drift: NonNegative = 6.0
-    """Deviations that the mean or the deviation of the student's x0 may be from its running mean; 0: off."""
-    gradient_jump: NonNegative = 20.0
+    """Updates over which running means forget; "of late" is a tenth of it, "at first" the run's first fifth. An alarm is over
+    after a window without it."""
+    x0_drift: NonNegative = 0.6
+    """How far the mean or the deviation of the student's x0 may be of late from what it was at first, in shares of the
+    deviation at first; 0: off."""
+    gradient_jump: NonNegative = 10.0
     """Times its running mean that a gradient norm may be, before clipping; 0: off."""
-    critic_divergence: NonNegative = 3.0
-    """Times its running mean that the fake score's loss, or its distance to the teacher, may be over a tenth of the window;
-    0: off."""
-    diversity: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of its running mean below which the distance between the videos of a batch (of 2 or more), or of the first
-    validation's below which that between prompts in validation, must not fall; 0: off."""
-    saturation: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of a validation's colour values that may be black or full (within 1 %); 0: off."""
+    critic_divergence: NonNegative = 0.6
+    """Share of the flow's variance that the fake score may leave unexplained of late (its loss over that variance; 1: it knows
+    nothing); 0: off."""
+    diversity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of what it was at first below which the distance between the videos of a batch (of 2 or more), and of what it was
+    in the first validation below which that between its prompts, must not fall; 0: off."""
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of a validation's colour values that may be black or full (within 1 %), beyond the first validation's; 0: off."""
 
 
 class Config(Group):
