@@ -65,6 +65,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     for name in ("bitsandbytes", "diffusers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -105,12 +105,21 @@ class Saver:
         self.wait()
         self._due, self._clock = False, time.monotonic()
         content, self._in_flight = self.stage.content(), self.stage.step
-        if self.settings.background and self._fits(content):
-            self._thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
-            self._thread.start()
-        else:
+        if not (self.settings.background and self._fits(content) and self._starts(content)):
             self._write(content, self._in_flight)
             self._settle()
+
+    def _starts(self, content: Content) -> bool:
+        """Whether a copy and a thread could be had; where not, steps wait for the save."""
+        try:
+            thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
+            thread.start()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) and "can't start new thread" not in str(error):
+                raise
+            return False
+        self._thread = thread
+        return True
 
     def _fits(self, content: Content) -> bool:
         needed = size_of(content)
@@ -185,5 +194,8 @@ class Saver:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the host (which PyTorch reports as a RuntimeError)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Of a device, or of the host (which PyTorch and CUDA's libraries report as RuntimeErrors)."""
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in said)
+    )
