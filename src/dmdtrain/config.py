@@ -766,6 +766,8 @@ RESUMABLE = (
     "output_dir",
 )
 
+SPLIT = ("train.batch_size", "train.gradient_accumulation")  # may change where their product does not
+
 
 def nested_get(config: Config, key: str) -> Any:
     value: Any = config
@@ -842,6 +844,15 @@ def build(values: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(f"{source}: {_describe(errors[0])}{more}") from None
 
 
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """With other values of keys (with dots), checked again."""
+    values = config.model_dump()
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values)[name] = value
+    return build(values)
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies `key=value` overrides (values are YAML, but for output_dir's)."""
     return build(read(path, overrides)[0], str(path))
@@ -914,6 +925,8 @@ def differences(old: Config, new: Config) -> list[str]:
     found = []
     for key in known_keys():
         if key in RESUMABLE or key.split(".")[0] in RESUMABLE:
+            continue
+        if key in SPLIT and old.samples_per_update == new.samples_per_update:
             continue
         before, after = nested_get(old, key), nested_get(new, key)
         if before != after:

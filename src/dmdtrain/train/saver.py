@@ -7,12 +7,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Protocol
 
-import torch
 from rich.console import Console
 
 from dmdtrain.config import Checkpoint
 from dmdtrain.train import interrupt
 from dmdtrain.train.checkpoint import Content, SaveFailed, write_checkpoint
+from dmdtrain.train.memory import free_memory, ran_out
 
 MEMORY_SHARE = 0.5  # of the host memory that is free: what a copy for the background may take
 
@@ -33,21 +33,6 @@ class Saved(Protocol):
     root: Path
 
     def content(self) -> Content: ...
-
-
-def free_memory() -> int:
-    """Bytes of host memory that can still be taken, within the limit of a container; 0 where it is not known."""
-    try:
-        pages = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
-        free = 1024 * int(pages["MemAvailable"])
-    except (OSError, KeyError):
-        return 0
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
-    return min(free, max(0, limit - used))
 
 
 def size_of(content: Content) -> int:
@@ -115,7 +100,7 @@ class Saver:
             thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
             thread.start()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) and "can't start new thread" not in str(error):
+            if not ran_out(error) and "can't start new thread" not in str(error):
                 raise
             return False
         self._thread = thread
@@ -191,11 +176,3 @@ class Saver:
                 self.console.print(
                     f"step {self._in_flight}: the checkpoint could not be saved ({self._error})", soft_wrap=True
                 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the host (which PyTorch and CUDA's libraries report as RuntimeErrors)."""
-    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in said)
-    )

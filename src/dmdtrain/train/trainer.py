@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -30,12 +29,13 @@ from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
+from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.plan import changes, known_rate, memory_line
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import RealData
 from dmdtrain.train.render import Renderer
-from dmdtrain.train.saver import TrainingStopped, is_out_of_memory
+from dmdtrain.train.saver import TrainingStopped
 from dmdtrain.train.setup import (
     Run,
     build_roles,
@@ -443,6 +443,27 @@ class Trainer:
 
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
     """`dmdtrain fit`: resolve, check, build, resume, train."""
+    try:
+        _check_and_fit(config, resume, console, dry_run)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not ran_out(error):
+            raise
+        raise TrainingStopped(f"{out_of_memory(error)}; the last checkpoint is intact; {smaller(config)}") from None
+
+
+def smaller(config: Config) -> str:
+    """What makes the run smaller: first what the same run can go on with."""
+    same, new, after = [], [], config
+    for change in changes(config):
+        before, after = after, configuration.changed(after, change)
+        named = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        (new if configuration.differences(before, after) else same).append(named)
+    told = [f"the same run can go on with {'; '.join(same[:3])}"] if same else []
+    told += [f"a new one with {'; '.join(new[:3])}"] if new else []
+    return f"{', '.join(told) or 'fewer frames or a smaller resolution help'} (dmdtrain plan CONFIG says by how much)"
+
+
+def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool) -> None:
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
     check_data(run)
@@ -456,25 +477,8 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
-    try:
-        with locked(run.output_dir):
-            _fit(run, resume, console, scanned)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingStopped(out_of_memory(config, error)) from None
-
-
-def out_of_memory(config: Config, error: BaseException) -> str:
-    """What ran out, and what makes the run smaller."""
-    smaller = [" ".join(f"{k}={str(v).lower()}" for k, v in change.items()) for change in changes(config)]
-    advice = f"cheapest first: {'; '.join(smaller[:3])}" if smaller else "fewer frames or a smaller resolution"
-    reason = " ".join(str(error).split())
-    reason = re.sub(r"^.*?((?:CUDA )?out of memory|can't allocate memory)", r"\1", reason, flags=re.IGNORECASE)
-    return (
-        f"out of memory ({reason[:120]}); the last checkpoint is intact. To make the run smaller, {advice} "
-        "(dmdtrain plan CONFIG says by how much)"
-    )
+    with locked(run.output_dir):
+        _fit(run, resume, console, scanned)
 
 
 def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips]) -> None:
