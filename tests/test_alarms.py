@@ -118,14 +118,14 @@ def test_what_is_measured_of_videos():
 def test_alarms_of_validation():
     told: list[str] = []
     alarms = Alarms(Settings(), told.append)
-    for step, (saturation, diversity) in enumerate([(0.3, 1.0), (0.35, 0.6), (0.45, 0.4), (0.5, 0.2)], start=1):
+    for step, (saturation, diversity) in enumerate([(0.3, 1.0), (0.34, 0.7), (0.45, 0.4), (0.5, 0.2)], start=1):
         for _ in range(2):  # looked at twice, it is the same
             alarms.validation(step, "validation_ema", {"saturation": saturation, "diversity": diversity})
     assert [text.split(":")[0] for text in told] == ["alarm at step 3"] * 2
     assert (
         "45.0% of the colour values of validation_ema are black or full, at first it was 30.0% (alarms.sat" in told[0]
     )
-    assert "is 0.4, at first it was 1 (alarms.diversity: 0.5)" in told[1]
+    assert "is 0.4, at first it was 1 (alarms.diversity: 0.6)" in told[1]
 
 
 def test_a_resumed_watch_goes_on_exactly(tmp_path):

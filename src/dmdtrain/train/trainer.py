@@ -453,7 +453,9 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
 
 def smaller(config: Config) -> str:
     """What makes the run smaller: first what the same run can go on with."""
-    same, new, after = [], [], config
+    same: list[str] = []
+    new: list[str] = []
+    after = config
     for change in changes(config):
         before, after = after, configuration.changed(after, change)
         named = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
