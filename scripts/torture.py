@@ -26,12 +26,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dmdtrain.miniature.clips import render, split_captions
 from dmdtrain.train import commands, trainer, warmup  # noqa: F401 (what every fork needs)
 from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
+from dmdtrain.train.validation import write_mp4
 
 MACHINE = ("seconds", "memory_gib", "model_tflops", "model_flop_utilisation")  # metrics of how fast it went
 LAST = 4
-BASE = {
+BASE: dict[str, dict[str, object]] = {
     "model": {"base": "wan-tiny", "precision": "fp32", "text_encoder_precision": "fp32"},
     "student": {"rank": 4, "alpha": 4},
     "fake_score": {"rank": 4, "alpha": 4, "lr": 1e-3},
@@ -50,14 +52,43 @@ BASE = {
     "log": {"tensorboard": False},
 }
 CAUSAL = {
-    "rollout": {"causal": True, "num_training_frames": 2, "num_frame_per_block": 1},
+    "rollout": {"causal": True, "num_frame_per_block": 1},
     "warmup": {"kind": "ode_regression", "steps": 2, "num_samples": 2, "teacher_steps": 3},
 }
-KINDS = {
-    "background": {},
-    "foreground": {"checkpoint": {"every": 1, "keep": 2, "background": False}},
-    "warm-up": CAUSAL,
+CLIPS = {
+    "dmd": {"real_data_loss_weight": 0.1},
+    "student": {"rank": 64, "alpha": 64},  # from 4096 values on, bitsandbytes quantizes the moments
+    "fake_score": {"rank": 64, "alpha": 64, "reuse_rollout": True},
+    "rollout": {"causal": True, "num_frame_per_block": 1, "kv_cache": "host"},
+    "data": {"caption_dropout": 0.3, "buckets": True},
+    "optimizer": {"name": "paged_adamw8bit"},
+    "train": {"gradient_accumulation": 2, "gradient_checkpointing": True, "checkpoints_on": "host"},
+    "ema": {"keep_on": "host"},
 }
+KINDS: dict[str, dict[str, dict[str, object]]] = {
+    "background": {},
+    "foreground": {"checkpoint": {"background": False}},
+    "warm-up": CAUSAL,
+    "clips": CLIPS,
+}
+
+
+def write_config(root: Path, kind: str) -> Path:
+    """The configuration of a kind of run, and in `root` what it is trained on."""
+    prompts, clips = root / "prompts.txt", root / "clips"
+    if not prompts.exists():
+        prompts.write_text("a red circle moving right\na blue cross moving up\na green square moving down\n")
+        captions, _ = split_captions()
+        clips.mkdir()
+        for number, video in enumerate(render(captions[:3], 5, torch.Generator().manual_seed(0))):
+            write_mp4(clips / f"{number}.mp4", video, 16, min_edge=1)
+            (clips / f"{number}.txt").write_text(str(captions[number]))
+    changes = KINDS[kind]
+    values = {group: BASE.get(group, {}) | changes.get(group, {}) for group in BASE | changes}
+    values["data"] |= {"prompts": str(prompts)} | ({"videos": str(clips)} if "dmd" in changes else {})
+    file = root / f"{kind}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
 
 
 def run_fit(config: Path, output: Path, log: Path) -> None:
@@ -151,14 +182,10 @@ def main() -> None:
     arguments = parser.parse_args()
     root = arguments.out or Path(tempfile.mkdtemp(prefix="torture-"))
     root.mkdir(parents=True, exist_ok=True)
-    prompts = root / "prompts.txt"
-    prompts.write_text("a red circle moving right\na blue cross moving up\na green square moving down\n")
     chance, hits, runs, started = random.Random(arguments.seed), Counter[str](), 0, time.monotonic()
     wanted, seconds, configs = {}, {}, {}
-    for kind, changes in KINDS.items():
-        values = BASE | {"data": BASE["data"] | {"prompts": str(prompts)}} | changes
-        configs[kind] = root / f"{kind}.yaml"
-        configs[kind].write_text(yaml.safe_dump(values))
+    for kind in KINDS:
+        configs[kind] = write_config(root, kind)
         for attempt in (
             "first",
             "again",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -621,6 +623,20 @@ def test_lines_are_on_disk_as_they_are_written(tmp_path):
     log.write(1, {"critic_loss": 0.5})
     assert lines_of(tmp_path) == [{"step": 1, "critic_loss": 0.5}]
     log.close()
+
+
+@pytest.mark.parametrize("broken", ["tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"])
+def test_a_tracker_that_does_not_work_is_told_once_and_stops_nothing(tmp_path, monkeypatch, broken):
+    monkeypatch.setitem(sys.modules, broken, None)  # what an installation that is damaged is like
+    printed = io.StringIO()
+    log = MetricsLog(tmp_path, 0, tensorboard=True, console=Console(file=printed, width=500))
+    for step in (1, 2):
+        log.write(step, {"critic_loss": 0.5})
+        log.videos(step, "validation", [b"GIF"], (8, 8))
+    log.close()
+    assert lines_of(tmp_path) == [{"step": 1, "critic_loss": 0.5}, {"step": 2, "critic_loss": 0.5}]
+    (line,) = printed.getvalue().splitlines()
+    assert line.startswith("tensorboard can not be written (ModuleNotFoundError: import of ") and "goes on" in line
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run

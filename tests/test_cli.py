@@ -442,6 +442,24 @@ def test_output_folders_that_are_taken(settings, config_file, tmp_path):
     assert [f.name for f in taken.iterdir()] == ["holiday.jpg"]
 
 
+def test_what_a_killed_fit_left_is_no_obstacle_and_goes(config_file, tmp_path):
+    """A kill while config.yaml is written leaves half of it, and nothing else that tells whose the folder is."""
+    run = tmp_path / "run"
+    left = [run / name for name in (".config.yaml.1.partial", ".data_report.jsonl.2.partial")]
+    run.mkdir()
+    for file in left:
+        file.write_text("ver")
+    file = config_file()
+    assert run_cli("fit", file).exit_code == 0
+    assert not [f for f in left if f.exists()]
+    left = [run / ".metrics.jsonl.3.partial", run / "samples" / "step-000004" / ".results.json.4.partial"]
+    left.append(run / "samples" / "step-000004" / ".000_student.mp4.partial")
+    for each in left:
+        each.write_text("half")
+    assert run_cli("fit", file).exit_code == 0
+    assert not [f for f in run.rglob(".*") if f.name != ".lock"]
+
+
 def test_an_output_folder_below_a_file(config_file, tmp_path):
     (tmp_path / "file").write_text("x")
     refused("fit", config_file({"output_dir": str(tmp_path / "file" / "run")}), says=["output_dir: "])

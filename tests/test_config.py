@@ -14,6 +14,7 @@ from dmdtrain.config import (
     ConfigError,
     VideoSet,
     build,
+    changed,
     differences,
     dump,
     groups,
@@ -801,6 +802,21 @@ def test_differences_of_every_key(key):
 def test_nothing_differs_from_itself():
     config = build(nested(CHANGED))
     assert differences(config, config) == []
+
+
+def test_how_an_update_is_split_may_differ():
+    def config(batch_size: int, accumulation: int) -> Config:
+        return build({"train": {"batch_size": batch_size, "gradient_accumulation": accumulation}})
+
+    assert differences(config(6, 2), config(3, 4)) == []
+    assert differences(config(6, 2), config(3, 2)) == ["train.batch_size: 6 -> 3"]
+
+
+def test_values_that_are_changed_are_checked():
+    config = changed(Config(), {"train.seed": 5, "output_dir": "there"})
+    assert (config.train.seed, config.output_dir, Config().train.seed) == (5, "there", 0)
+    with pytest.raises(ConfigError, match=r"train.seed: -1"):
+        changed(config, {"train.seed": -1})
 
 
 def test_a_decaying_schedule_fixes_the_length():

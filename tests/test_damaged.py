@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -17,6 +18,10 @@ import torch
 import yaml
 from conftest import done, run_cli
 from safetensors.torch import load_file, save_file
+
+from dmdtrain.config import ConfigError
+from dmdtrain.train.checkpoint import load_optimizer, split_state, write_checkpoint
+from dmdtrain.train.optim import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -523,3 +528,66 @@ MOMENTS: dict[str, Callable[[dict], dict]] = {
 @pytest.mark.parametrize("case", MOMENTS)
 def test_moments_of_another_size(case, damage, trained, tmp_path):
     all_refuse(damage(on_tensors("optimizer_fake_score")(MOMENTS[case])), trained, tmp_path, ["auto"])
+
+
+def test_a_moment_that_every_parameter_lacks(damage, trained, tmp_path):
+    def edit(ckpt: Path) -> None:
+        file = ckpt / "optimizer_student.json"
+        tree = json.loads(file.read_text())
+        states = dict(tree["dict"])["state"]["dict"]
+        for _, values in states:
+            values["dict"] = [[key, value] for key, value in values["dict"] if key != "exp_avg_sq"]
+        file.write_text(json.dumps(tree))
+        signed(ckpt)
+
+    wanted = "a parameter's moments are step, exp_avg; this optimizer's are step, exp_avg, exp_avg_sq"
+    all_refuse(damage(edit), trained, tmp_path, ["auto"], says=wanted)
+
+
+KINDS = ("adamw", "adamw_bf16", "adamw8bit, small", "adamw8bit", "paged_adamw8bit")
+
+
+def stepped(kind: str) -> torch.optim.Optimizer:
+    """After one step; from 4096 values on, bitsandbytes quantizes."""
+    dtype = torch.bfloat16 if kind == "adamw_bf16" else torch.float32
+    p = torch.nn.Parameter(torch.ones(10 if "small" in kind else 5000, dtype=dtype))
+    optimizer = build_optimizer(kind.split(",")[0], [p], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def place_of(name: str, state: dict) -> dict:
+    """Where the first parameter's state has a number: bitsandbytes nests some."""
+    values = state["state"][0]
+    return values if name in values else next(value for value in values.values() if isinstance(value, dict))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_an_optimizer_that_are_missing_or_of_another_kind(kind, tmp_path):
+    """Each is refused; the state as it was is not."""
+
+    def load(name: str, *values: object) -> None:
+        state = copy.deepcopy(stepped(kind).state_dict())
+        place = place_of(name, state)
+        place.pop(name)
+        if values:
+            (place[name],) = values
+        tensors, tree = split_state(state)
+        texts = {"optimizer_a.json": json.dumps(tree)}
+        load_optimizer("a", stepped(kind), write_checkpoint(tmp_path, 1, {"optimizer_a": tensors}, texts, 1))
+
+    state = stepped(kind).state_dict()
+    nested = [value for value in state["state"][0].values() if isinstance(value, dict)]
+    numbers = {k: v for part in (state["state"][0], *nested) for k, v in part.items() if not isinstance(v, dict)}
+    assert len(numbers) >= 3 and ("qmap1" in numbers) == (kind in ("adamw8bit", "paged_adamw8bit"))
+    for name, value in numbers.items():
+        load(name, value)
+        others: list[object] = [None, "x", 1.5, True, [1], torch.zeros(2, 2), torch.tensor([7, 7])]
+        if isinstance(value, torch.Tensor):
+            others += [3, value.to(torch.int64)] + [value.float()] * (value.dtype == torch.uint8)
+        else:
+            others.append(torch.tensor(1.0))
+        for values in ((), *((other,) for other in others)):
+            with pytest.raises(ConfigError, match=r"optimizer_a.json does not hold what it should"):
+                load(name, *values)

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from clip_files import write_clip
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -77,6 +79,24 @@ def assert_same_to_the_bit(a: Path, b: Path) -> None:
         assert same, key
 
 
+def assert_two_and_two_are_four(values: dict, encoded: Path, folder: Path) -> Path:
+    """Returns the run that was not stopped. One with a warm-up of two steps is stopped after its first, too."""
+    quiet, whole, broken = Console(quiet=True), folder / "whole", folder / "broken"
+    fit(configured(values, whole, encoded, 4), "auto", quiet)
+    if "warmup" in values:
+        shutil.copytree(whole, broken)
+        shutil.rmtree(broken / "checkpoints")
+        shutil.rmtree(broken / "warmup" / "step-000002")
+    fit(configured(values, broken, encoded, 2), "auto", quiet)
+    torch.manual_seed(5)  # the global generator plays no part
+    fit(configured(values, broken, encoded, 4), "auto", quiet)
+    assert [f.name for f in list_checkpoints(broken / "checkpoints")] == [f"step-{n:06d}" for n in (1, 2, 3, 4)]
+    for stage in ("warmup", "checkpoints"):
+        for checkpoint in list_checkpoints(whole / stage):
+            assert_same_to_the_bit(broken / stage / checkpoint.name, checkpoint)
+    return whole
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_two_and_two_are_four(case, values, encoded, tmp_path):
     """A causal student is stopped in its warm-up, too. Every second case accumulates."""
@@ -91,20 +111,7 @@ def test_two_and_two_are_four(case, values, encoded, tmp_path):
         values["rollout"] |= {"causal": True, "num_frame_per_block": 1}
         kinds = ("teacher_forcing", "ode_regression")
         values["warmup"] = {"kind": kinds[CASES.index(case) % 2], "steps": 2, "num_samples": 3, "teacher_steps": 3}
-    quiet = Console(quiet=True)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    fit(configured(values, whole, encoded, 4), "auto", quiet)
-    if direction == "causal":
-        shutil.copytree(whole, broken)
-        shutil.rmtree(broken / "checkpoints")
-        shutil.rmtree(broken / "warmup" / "step-000002")
-    fit(configured(values, broken, encoded, 2), "auto", quiet)
-    torch.manual_seed(5)  # the global generator plays no part
-    fit(configured(values, broken, encoded, 4), "auto", quiet)
-    assert [f.name for f in list_checkpoints(broken / "checkpoints")] == [f"step-{n:06d}" for n in (1, 2, 3, 4)]
-    for stage in ("warmup", "checkpoints"):
-        for folder in list_checkpoints(whole / stage):
-            assert_same_to_the_bit(broken / stage / folder.name, folder)
+    whole = assert_two_and_two_are_four(values, encoded, tmp_path)
     second, last = (content(whole / "checkpoints" / f"step-{n:06d}") for n in (2, 4))
     moved = [
         key for key, value in last.items() if isinstance(value, torch.Tensor) and not torch.equal(value, second[key])
@@ -113,6 +120,52 @@ def test_two_and_two_are_four(case, values, encoded, tmp_path):
         assert any(key.startswith(part) for key in moved), part
     quantized = any(isinstance(v, torch.Tensor) and v.dtype == torch.uint8 for k, v in last.items() if "optimizer" in k)
     assert quantized == (optimizer == "adamw8bit" and kind == "lora")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Five clips, two of them tall, with captions that are prompts."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(5):
+        size = (64, 48) if number in (1, 4) else (48, 64)
+        write_clip(folder / f"{number}.mp4", 5 + number, size, caption=PROMPTS[number % 3])
+    return folder
+
+
+BLOCKS = {"rollout.causal": True, "rollout.num_frame_per_block": 1}
+ON_HOST = {"train.gradient_checkpointing": True, "train.checkpoints_on": "host", "ema.keep_on": "host"}
+CLIPS = {"dmd.real_data_loss_weight": 0.3, "data.buckets": True}
+REUSED = {"fake_score.reuse_rollout": True, "dmd.generator_update_interval": 2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paged moments, all on the host, rollouts that serve twice": ON_HOST
+    | REUSED
+    | {"optimizer.name": "paged_adamw8bit", "student.rank": 176, "fake_score.rank": 176},
+    "clips": CLIPS | {"train.gradient_accumulation": 2},
+    "clips in two sets, rollouts that serve twice": CLIPS | REUSED | {"weights": [3.0, 1.0]},
+    "blocks, a cache in int8, lengths that are drawn": BLOCKS
+    | ON_HOST
+    | {"rollout.kv_cache": "int8", "rollout.min_training_frames": 1, "rollout.context_noise": 100},
+    "blocks, a cache on the host, clips": BLOCKS | CLIPS | REUSED | {"rollout.kv_cache": "host"},
+    "blocks, clips in the warm-up": BLOCKS | {"warmup.kind": "teacher_forcing", "warmup.steps": 2},
+    "blocks of the model on the host": {"model.offload_blocks": True, "train.batched_guidance": False},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_option_is_resumed(case, values, clips, encoded, tmp_path):
+    values["train"]["batch_size"] = 2
+    for key, value in OPTIONS[case].items():
+        group, _, name = key.partition(".")
+        if name:
+            values.setdefault(group, {})[name] = value
+    if "clips" in case:
+        weights = OPTIONS[case].get("weights", [None])
+        values["data"]["videos"] = [{"path": str(clips), "weight": weight} for weight in weights]
+    whole = assert_two_and_two_are_four(values, encoded, tmp_path)
+    second, last = (content(whole / "checkpoints" / f"step-{n:06d}") for n in (2, 4))
+    moved = {k.split(".")[0] for k, v in last.items() if isinstance(v, torch.Tensor) and not torch.equal(v, second[k])}
+    assert {"random:draws", "random:prompts"} <= moved
+    assert ("random:real" in moved) == ("dmd.real_data_loss_weight" in OPTIONS[case])
 
 
 def test_surroundings_change_nothing(values, encoded, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -17,7 +18,8 @@ from dmdtrain.config import Checkpoint
 from dmdtrain.files import atomic, atomic_folder, save_tensors, write_text
 from dmdtrain.train import interrupt, saver
 from dmdtrain.train.checkpoint import Content, check_checkpoint, list_checkpoints
-from dmdtrain.train.saver import Saver, SavesFailed, copied, free_memory, size_of
+from dmdtrain.train.memory import free_memory, out_of_memory, ran_out
+from dmdtrain.train.saver import Saver, SavesFailed, copied, size_of
 
 
 class Counting:
@@ -76,6 +78,50 @@ def test_a_copy_that_does_not_fit_is_not_made(tmp_path, monkeypatch):
         saving.after_step()
         assert not saving.busy and steps(stage.root)[-1] == stage.step
     assert printed.file.getvalue().count("checkpoint.background: a copy of 0.0 GiB does not fit in host memory") == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_without_memory_for_a_copy_or_a_thread_the_save_is_made_at_once(tmp_path, monkeypatch, error):
+    def refuse(_: Content) -> Content:
+        raise error
+
+    monkeypatch.setattr(saver, "copied", refuse)
+    stage = Counting(tmp_path / "checkpoints")
+    saving = Saver(stage, Checkpoint(every=1), Console(quiet=True))
+    stage.train()
+    assert saving.after_step() and not saving.busy and steps(stage.root) == [1]
+
+
+MEMORY = {
+    "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB)": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB"
+    ),
+    "out of memory (CUDA out of memory)": RuntimeError("CUDA error: CUDA out of memory\n"),
+    "out of memory (out of memory Search for `cudaErrorMemoryAllocation')": RuntimeError(
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"
+    ),
+    "out of memory (CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`)": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "out of memory (can't allocate memory: you tried to allocate 8 bytes.)": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+    ),
+    "out of memory (Cannot allocate memory (12))": RuntimeError(
+        "unable to mmap 70 bytes from file <a.safetensors>: Cannot allocate memory (12)"
+    ),
+    "out of memory (Cannot allocate memory)": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "out of memory (of the host)": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("told", MEMORY)
+def test_what_ran_out(told):
+    assert ran_out(MEMORY[told]) and out_of_memory(MEMORY[told]) == told
+
+
+def test_other_errors_are_none_of_memory():
+    for error in (RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left on device"), ValueError("a")):
+        assert not ran_out(error)
 
 
 def test_sizes_and_memory():

@@ -11,19 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dmdtrain.config import Config, ConfigError, build
+from dmdtrain import config as configuration
+from dmdtrain.config import Config, ConfigError, build, differences
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.wan import find_folder
 from dmdtrain.train.checkpoint import list_checkpoints
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import TrainingStopped
-from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate
+from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate, moments
 from dmdtrain.train.setup import resolve, student_weights
-from dmdtrain.train.trainer import Trainer, fit
+from dmdtrain.train.step import Distiller
+from dmdtrain.train.trainer import Trainer, fit, smaller
 
 ROLES = ("student", "fake_score")
 QUIET = {"validation.every": 0, "log.tensorboard": False}
@@ -294,6 +297,7 @@ def test_an_optimizer_step_is_adamw(name):
     optimizer = build_optimizer(name, iter([p]), lr=0.25, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5)
     p.grad = torch.tensor([0.5, 3.0, -0.25], dtype=dtype)
     optimizer.step()
+    assert {key: type(value) for key, value in optimizer.state[p].items()} == moments(optimizer)
     wanted = torch.tensor([2 * 0.875 - 0.25, -4 * 0.875 - 0.25, 0.875 + 0.25])
     torch.testing.assert_close(p.detach().float(), wanted, rtol=0, atol=0.01 if dtype == torch.bfloat16 else 1e-5)
 
@@ -313,6 +317,54 @@ def test_an_unknown_optimizer():
         ConfigError, match=r"^optimizer.name: adagrad: valid are adamw, adamw_bf16, adamw8bit, paged_adamw8bit$"
     ):
         build_optimizer("adagrad", [], lr=1, betas=(0, 0), eps=1, weight_decay=0)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_device_without_memory_is_told_with_what_helps(train, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23 GiB"
+        )
+
+    monkeypatch.setattr(Distiller, "critic_backward", refuse)
+    with pytest.raises(TrainingStopped) as stopped:
+        train()
+    line = str(stopped.value)
+    assert line.startswith("out of memory (CUDA out of memory. Tried to allocate 20.00 MiB.") and "\n" not in line
+    assert "the last checkpoint is intact; the same run can go on with train.gradient_checkpointing=true; " in line
+    assert (
+        "train.batch_size=1 train.gradient_accumulation=2; " in line and ", a new one with optimizer.name=adam" in line
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_the_same_run_can_go_on_with_is_let_through(settings, kind):
+    """And what is said to need a new run is not."""
+    config = changed(settings, {"student.kind": kind, "train.batch_size": 4, "train.gradient_accumulation": 3})
+    advice = smaller(config).removesuffix(" (dmdtrain plan CONFIG says by how much)")
+    same, new = (
+        part.split("; ") for part in advice.removeprefix("the same run can go on with ").split(", a new one with ")
+    )
+    assert len(same) == 3 and len(new) == 3
+    for changes in [*same, *new]:
+        values = {key: yaml.safe_load(value) for key, value in (change.split("=") for change in changes.split())}
+        if "model.precision" in values:
+            values["student.kind"] = "lora"
+        assert bool(differences(config, configuration.changed(config, values))) == (changes in new), changes
+
+
+def test_a_run_goes_on_in_smaller_batches(train, tmp_path):
+    """The same videos in other parts: the same but for rounding."""
+    common = {"checkpoint.every": 1, "checkpoint.keep": 9}
+    whole = train(**common, **{"train.batch_size": 4, "output_dir": str(tmp_path / "whole")})
+    train(**common, **{"train.batch_size": 4, "train.max_steps": 2})
+    split = train(**common, **{"train.batch_size": 1, "train.gradient_accumulation": 4})
+    for name in ("student", "fake_score", "random"):
+        a, b = (load_file(run / "checkpoints" / "step-000004" / f"{name}.safetensors") for run in (whole, split))
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=1e-2, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- not finite

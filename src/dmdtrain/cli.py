@@ -46,8 +46,13 @@ def _one_line_errors() -> Iterator[None]:
     except ConfigError as error:
         typer.echo(f"dmdtrain: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
-    except OSError as error:
-        if error.errno not in DISK:
+    except (MemoryError, RuntimeError, OSError) as error:
+        from dmdtrain.train.memory import out_of_memory, ran_out
+
+        if ran_out(error):
+            typer.echo(f"dmdtrain: {out_of_memory(error)}", err=True)
+            raise typer.Exit(STOPPED) from None
+        if not isinstance(error, OSError) or error.errno not in DISK:
             raise
         typer.echo(f"dmdtrain: {error.filename or 'a file'} can not be read or written: {error.strerror}", err=True)
         raise typer.Exit(UNWRITABLE) from None
@@ -65,6 +70,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     for name in ("bitsandbytes", "diffusers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -624,19 +624,21 @@ class Alarms(Group):
     (`alarms_...`); it never changes training."""
 
     window: Annotated[int, Field(ge=10)] = 100
-    """Updates over which running means forget. Alarms begin after a fifth of it."""
-    x0_drift: NonNegative = 6.0
-    """Deviations that the mean or the deviation of the student's x0 may be from its running mean; 0: off."""
-    gradient_jump: NonNegative = 20.0
+    """Updates over which running means forget; "of late" is a tenth of it, "at first" the run's first fifth. An alarm is over
+    after a window without it."""
+    x0_drift: NonNegative = 0.6
+    """How far the mean or the deviation of the student's x0 may be of late from what it was at first, in shares of the
+    deviation at first; 0: off."""
+    gradient_jump: NonNegative = 10.0
     """Times its running mean that a gradient norm may be, before clipping; 0: off."""
-    critic_divergence: NonNegative = 3.0
-    """Times its running mean that the fake score's loss, or its distance to the teacher, may be over a tenth of the window;
-    0: off."""
-    diversity: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of its running mean below which the distance between the videos of a batch (of 2 or more), or of the first
-    validation's below which that between prompts in validation, must not fall; 0: off."""
-    saturation: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of a validation's colour values that may be black or full (within 1 %); 0: off."""
+    critic_divergence: NonNegative = 0.6
+    """Share of the flow's variance that the fake score may leave unexplained of late (its loss over that variance; 1: it knows
+    nothing); 0: off."""
+    diversity: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """Share of what it was at first below which the distance between the videos of a batch (of 2 or more), and of what it was
+    in the first validation below which that between its prompts, must not fall; 0: off."""
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of a validation's colour values that may be black or full (within 1 %), beyond the first validation's; 0: off."""
 
 
 class Config(Group):
@@ -777,6 +779,8 @@ RESUMABLE = (
     "output_dir",
 )
 
+SPLIT = ("train.batch_size", "train.gradient_accumulation")  # may change where their product does not
+
 
 def nested_get(config: Config, key: str) -> Any:
     value: Any = config
@@ -853,6 +857,15 @@ def build(values: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(f"{source}: {_describe(errors[0])}{more}") from None
 
 
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """With other values of keys (with dots), checked again."""
+    values = config.model_dump()
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values)[name] = value
+    return build(values)
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies `key=value` overrides (values are YAML, but for output_dir's)."""
     return build(read(path, overrides)[0], str(path))
@@ -925,6 +938,8 @@ def differences(old: Config, new: Config) -> list[str]:
     found = []
     for key in known_keys():
         if key in RESUMABLE or key.split(".")[0] in RESUMABLE:
+            continue
+        if key in SPLIT and old.samples_per_update == new.samples_per_update:
             continue
         before, after = nested_get(old, key), nested_get(new, key)
         if before != after:

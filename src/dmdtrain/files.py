@@ -61,6 +61,17 @@ def atomic(file: Path) -> Iterator[Path]:
         raise
 
 
+def is_partial(file: Path) -> bool:
+    """Whether it is a file of `atomic` that was being written when its process was killed."""
+    return file.name.startswith(".") and file.suffix == ".partial" and file.is_file()
+
+
+def remove_partial(folder: Path) -> None:
+    for file in folder.glob(".*.partial"):
+        if is_partial(file):
+            file.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new, empty folder beside `folder`, which must not exist yet; renamed afterwards. What fails leaves nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ WATCHED = {
     "student_grad_norm": "gradient_jump",
     "fake_score_grad_norm": "gradient_jump",
     "warmup_grad_norm": "gradient_jump",
-    "critic_loss": "critic_divergence",
-    "fake_real_gap": "critic_divergence",
+    "critic_unexplained": "critic_divergence",
     "x0_diversity": "diversity",
 }
 ADVICE = {
-    "x0_drift": "the student may be collapsing: look at the next samples, lower optimizer.lr",
+    "x0_drift": "the student may be collapsing: look at the next samples, lower optimizer.lr or dmd.real_score_guidance_scale",
     "gradient_jump": "if it goes on, lower the role's lr or grad_clip",
-    "critic_divergence": "the fake score does not follow the student: raise dmd.generator_update_interval, or lower optimizer.lr",
+    "critic_divergence": "the fake score does not follow the student: raise dmd.generator_update_interval or fake_score.lr, or "
+    "lower optimizer.lr; where its gradient norm jumps, lower fake_score.lr",
     "diversity": "the videos of different prompts and seeds become alike: go back to an earlier checkpoint, lower optimizer.lr",
     "saturation": "colours burn out: lower dmd.real_score_guidance_scale or optimizer.lr",
 }
@@ -39,21 +39,20 @@ BAD_STEPS, MAX_DUMPS = "bad_steps", 5  # their folder in a run's, and how many a
 
 @dataclass
 class Running:
-    """Exponential means of a number: over the window, of its square's deviation, and over a tenth of the window."""
+    """Means of a number: over the window, over a tenth of it, and over the first fifth of a window that there was."""
 
     count: int = 0
     mean: float = 0.0
-    variance: float = 0.0
     recent: float = 0.0
+    first: float = 0.0
 
     def add(self, value: float, window: int) -> None:
-        """The first values count equally, as in a plain mean."""
+        """Exponential means, of which the first values count equally, as in plain ones."""
         self.count += 1
-        share, quick = 1 / min(self.count, window), 1 / min(self.count, max(1, window // 10))
-        difference = value - self.mean
-        self.mean += share * difference
-        self.variance = (1 - share) * (self.variance + share * difference**2)
-        self.recent += quick * (value - self.recent)
+        self.mean += (value - self.mean) / min(self.count, window)
+        self.recent += (value - self.recent) / min(self.count, window // 10)
+        if self.count <= window // 5:
+            self.first = self.mean
 
 
 class Alarms:
@@ -63,7 +62,7 @@ class Alarms:
         self.settings, self.tell = settings, tell
         self.running: dict[str, Running] = {}
         self.counts = {rule: 0 for rule in ADVICE if getattr(settings, rule) > 0}
-        self.active: set[str] = set()
+        self.active: dict[str, int] = {}  # the last step at which each was bad
 
     def step(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Looks at a step's numbers; returns how often each alarm has begun so far."""
@@ -73,53 +72,67 @@ class Alarms:
         return {f"alarms_{rule}": count for rule, count in self.counts.items()}
 
     def _look(self, step: int, name: str, value: float) -> None:
-        rule, running = WATCHED[name], self.running.setdefault(name, Running())
-        limit = getattr(self.settings, rule)
-        mean, deviation = running.mean, math.sqrt(running.variance)
-        known = running.count >= self.settings.window // 5
-        running.add(value, self.settings.window)
-        if rule == "x0_drift":
-            bad = abs(value - mean) > limit * max(deviation, 1e-6)
-            text = f"{name} is {value:.4g}, {abs(value - mean) / max(deviation, 1e-6):.1f} deviations from {mean:.4g}"
-        elif rule == "gradient_jump":
-            bad, text = value > limit * mean, f"{name} is {value:.4g}, its running mean {mean:.4g}"
+        rule, window, running = WATCHED[name], self.settings.window, self.running.setdefault(name, Running())
+        limit, before = getattr(self.settings, rule), running.mean
+        running.add(value, window)
+        recent, first = running.recent, running.first
+        text = f"{name} is {recent:.4g} of late, it was {first:.4g} at first"
+        if rule == "gradient_jump":
+            bad, text = value > limit * before, f"{name} is {value:.4g}, its running mean {before:.4g}"
+        elif rule == "critic_divergence":
+            bad, text = recent > limit, f"{name} is {recent:.4g} of late"
+        elif rule == "diversity":
+            bad = recent < limit * first
         else:
-            now = running.recent
-            bad = now < limit * mean if rule == "diversity" else now > limit * mean
-            text = f"{name} is {now:.4g} of late, its running mean {mean:.4g}"
+            deviation = self.running["x0_std"].first if "x0_std" in self.running else math.inf
+            bad = abs(recent - first) > limit * deviation
+        known = running.count > window // (5 if rule in ("x0_drift", "diversity") else 10)
         self._set(step, rule, name, known and bad, text)
 
     def validation(self, step: int, name: str, measured: dict[str, float]) -> None:
         """Looks at what `measure` found in a validation; the same one for a second time changes nothing."""
-        share = measured["saturation"]
-        text = f"{share:.0%} of the colour values of {name} are black or full"
-        self._set(step, "saturation", name, share > self.settings.saturation, text)
+
+        def at_first(key: str) -> float:
+            now = measured[key]
+            return self.running.setdefault(f"{name}_{key}", Running(1, now, now, now)).first
+
+        now, first = measured["saturation"], at_first("saturation")
+        text = f"{now:.1%} of the colour values of {name} are black or full, at first it was {first:.1%}"
+        self._set(step, "saturation", name, now - first > self.settings.saturation, text)
         if "diversity" in measured:
-            distance = measured["diversity"]
-            first = self.running.setdefault(f"{name}_diversity", Running(1, distance)).mean
-            text = f"the distance between the videos of {name} is {distance:.4g}, at first it was {first:.4g}"
-            self._set(step, "diversity", name, distance < self.settings.diversity * first, text)
+            now, first = measured["diversity"], at_first("diversity")
+            text = f"the distance between the videos of {name} is {now:.4g}, at first it was {first:.4g}"
+            self._set(step, "diversity", name, now < self.settings.diversity * first, text)
 
     def _set(self, step: int, rule: str, name: str, bad: bool, text: str) -> None:
-        """An alarm is told where it begins, and can begin again when it is over."""
+        """An alarm is told where it begins; it can begin again after a window without it."""
         key = f"{rule}:{name}"
-        if not bad or rule not in self.counts:
-            self.active.discard(key)
-        elif key not in self.active:
-            self.active.add(key)
-            self.counts[rule] += 1
-            self.tell(f"alarm at step {step}: {text} (alarms.{rule}: {getattr(self.settings, rule):g}); {ADVICE[rule]}")
+        if step - self.active.get(key, step) > self.settings.window:
+            del self.active[key]
+        if bad and rule in self.counts:
+            if key not in self.active:
+                self.counts[rule] += 1
+                self.tell(
+                    f"alarm at step {step}: {text} (alarms.{rule}: {getattr(self.settings, rule):g}); {ADVICE[rule]}"
+                )
+            self.active[key] = step
 
     def state(self) -> dict[str, Any]:
-        running = {name: list(vars(value).values()) for name, value in self.running.items()}
-        return {"running": running, "counts": self.counts, "active": sorted(self.active)}
+        return {
+            "running": {name: vars(value) for name, value in self.running.items()},
+            "counts": self.counts,
+            "active": self.active,
+        }
 
     def load(self, state: Any) -> None:
         """Raises KeyError, TypeError or ValueError where it is no state."""
-        for name, (count, *means) in state["running"].items():
-            self.running[str(name)] = Running(int(count), *(float(mean) for mean in means))
+        for name, means in state["running"].items():
+            count, *others = (float(means[field.name]) for field in fields(Running))
+            if not (0 < count < 2**53 and count.is_integer()):
+                raise ValueError(f"{name}: count {count:g}")
+            self.running[name] = Running(int(count), *others)
         self.counts |= {rule: int(state["counts"][rule]) for rule in self.counts if rule in state["counts"]}
-        self.active = {str(key) for key in state["active"]}
+        self.active = {key: int(step) for key, step in state["active"].items()}
 
 
 def measure(videos: torch.Tensor) -> dict[str, float]:

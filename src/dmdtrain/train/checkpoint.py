@@ -32,11 +32,11 @@ from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import OtherItems
 from dmdtrain.files import sync as _sync
 from dmdtrain.models.roles import load_parameters
-from dmdtrain.train.optim import put_back_pages
+from dmdtrain.train.optim import moments, put_back_pages
 
 FORMAT = 1
 MANIFEST, KEEP = "manifest.json", "KEEP"
-QUANTIZED = ("qmap", "absmax")  # what bitsandbytes keeps of 8-bit moments beside them
+QUANTIZED = ("qmap1", "qmap2", "absmax1", "absmax2")  # what bitsandbytes keeps of 8-bit moments beside them
 LEFTOVERS = (".step-*.partial", ".step-*.old", ".step-*.removed")  # of a run that was killed while it saved
 Content = tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]  # file stem -> tensors; file name -> text
 CHECKPOINTS, WARMUP = "checkpoints", "warmup"  # their folders in a run's
@@ -406,14 +406,18 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
             raise ValueError("it is the state of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = {index: _flat(values) for index, values in state["state"].items()}
-    if len({frozenset(k for k in values if not k.startswith(QUANTIZED)) for values in states.values()}) > 1:
-        raise ValueError("its parameters have different kinds of moments")
+    kept = moments(optimizer)
     for index, values in states.items():
-        coded = any(k.startswith(QUANTIZED) for k in values)
-        if coded != any(v.dtype == torch.uint8 for k, v in values.items() if k.startswith("state")):
-            raise ValueError("quantized moments have code books, others have none")
+        dtypes = {value.dtype for key, value in values.items() if key.startswith("state")}
+        if len(dtypes) > 1:
+            raise ValueError(f"its moments are of the data types {dtypes}")
+        wanted = kept | dict.fromkeys(QUANTIZED if torch.uint8 in dtypes else (), torch.Tensor)
+        if values.keys() != wanted.keys():
+            raise ValueError(f"a parameter's moments are {', '.join(values)}; this optimizer's are {', '.join(wanted)}")
         for key, value in values.items():
-            if value is not None:  # such as the Kahan compensation of a float32 weight
+            if type(value) is not wanted[key]:
+                raise ValueError(f"{key} is a {type(value).__name__}")
+            if isinstance(value, torch.Tensor):
                 _check_moment(key, value, parameters[index])
 
 
@@ -424,10 +428,10 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return flat | {key: value for inner in nested for key, value in inner.items()}
 
 
-def _check_moment(key: str, value: Any, parameter: torch.nn.Parameter) -> None:
+def _check_moment(key: str, value: torch.Tensor, parameter: torch.nn.Parameter) -> None:
     """Moments have their parameter's shape; bitsandbytes adds a code book of 256 and a scale for each 256 values."""
     if key == "step":
-        value, shape = torch.as_tensor(value), torch.Size()
+        shape = torch.Size()
     elif key.startswith("qmap"):
         shape = torch.Size([256])
     elif key.startswith("absmax"):
@@ -437,7 +441,7 @@ def _check_moment(key: str, value: Any, parameter: torch.nn.Parameter) -> None:
     if value.shape != shape:
         raise ValueError(f"{key} is {list(value.shape)} for a parameter of {list(parameter.shape)}")
     quantized = value.dtype == torch.uint8 and key.startswith("state")
-    if key != "step" and not value.is_floating_point() and not quantized:
+    if not value.is_floating_point() and not quantized:
         raise ValueError(f"{key} is {value.dtype}")
 
 

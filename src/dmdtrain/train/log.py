@@ -51,15 +51,14 @@ class MetricsLog:
         write_text(self._path, "".join(kept))
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
-        """An error of the disk is told when it begins and does not stop training."""
+    def _told(self, name: str, errors: type[Exception] = OSError) -> Iterator[None]:
+        """An error is told when it begins and does not stop training: of the disk, and of a tracker any at all."""
         try:
             yield
-        except OSError as error:
+        except errors as error:
             if name not in self._failing and self._console is not None:
-                self._console.print(
-                    f"{name} can not be written ({error.strerror or error}); training goes on", soft_wrap=True
-                )
+                reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+                self._console.print(f"{name} can not be written ({reason}); training goes on", soft_wrap=True)
             self._failing.add(name)
         else:
             self._failing.discard(name)
@@ -69,7 +68,7 @@ class MetricsLog:
         with self._told(METRICS):
             self._flush()
         if self._events is not None:
-            with self._told("tensorboard"):
+            with self._told("tensorboard", Exception):
                 self._events.scalars(step, values)
 
     def _flush(self) -> None:
@@ -79,7 +78,7 @@ class MetricsLog:
     def videos(self, step: int, name: str, gifs: list[bytes], size: tuple[int, int]) -> None:
         """Animated GIFs as TensorBoard images; size: (height, width)."""
         if self._events is not None:
-            with self._told("tensorboard"):
+            with self._told("tensorboard", Exception):
                 self._events.images(step, name, gifs, size)
 
     def close(self) -> None:
@@ -87,7 +86,7 @@ class MetricsLog:
             self._flush()
         os.close(self._handle)
         if self._events is not None:
-            with self._told("tensorboard"):
+            with self._told("tensorboard", Exception):
                 self._events.close()
 
 
@@ -121,7 +120,7 @@ class Events:
             self._writer.write(event(step=step, **content))
             self._writer.flush()
             self.first_step = step + 1
-        except OSError:
+        except Exception:
             self.close()
             raise
 

@@ -46,6 +46,15 @@ def build_optimizer(
     raise ConfigError(f"optimizer.name: {name}: valid are adamw, adamw_bf16, adamw8bit, paged_adamw8bit")
 
 
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, type]:
+    """What an optimizer of `build_optimizer` keeps of a parameter that it has stepped, but for code books of 8-bit moments."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": torch.Tensor, "exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor}
+    if hasattr(optimizer, "is_paged"):  # bitsandbytes'
+        return {"step": int, "state1": torch.Tensor, "state2": torch.Tensor}
+    return {"exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor, "kahan_comp": torch.Tensor}
+
+
 def put_back_pages(optimizer: torch.optim.Optimizer) -> None:
     """After `load_state_dict`, which leaves a paged optimizer's moments in ordinary device memory."""
     if not getattr(optimizer, "is_paged", False):

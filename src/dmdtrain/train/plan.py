@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from dmdtrain.config import Config, ConfigError, build, nested_get
+from dmdtrain.config import Config, ConfigError, changed, nested_get
 from dmdtrain.models.wan import WanFolder, find_folder
 from dmdtrain.train.accounting import measure
 from dmdtrain.train.flops import step_flops
@@ -257,7 +257,7 @@ def plan(config: Config, vram: float | None, gpu: str | None, console: Console) 
         return True
     applied: list[str] = []
     for change in changes(config):
-        before, config = config, build(_set(config.model_dump(), change), "plan")
+        before, config = config, changed(config, change)
         applied += [f"--set {key}={_yaml(value)}" for key, value in change.items() if nested_get(before, key) != value]
         peak = make_plan(replace(run, config=config)).peak
         console.print(f"with {applied[-1]:<40} {peak / GIB:8.2f} GiB", soft_wrap=True, highlight=False)
@@ -273,10 +273,3 @@ def plan(config: Config, vram: float | None, gpu: str | None, console: Console) 
 
 def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _set(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    for key, value in change.items():
-        group, name = key.split(".")
-        values[group][name] = value
-    return values

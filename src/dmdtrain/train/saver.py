@@ -7,12 +7,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Protocol
 
-import torch
 from rich.console import Console
 
 from dmdtrain.config import Checkpoint
 from dmdtrain.train import interrupt
 from dmdtrain.train.checkpoint import Content, SaveFailed, write_checkpoint
+from dmdtrain.train.memory import free_memory, ran_out
 
 MEMORY_SHARE = 0.5  # of the host memory that is free: what a copy for the background may take
 
@@ -33,21 +33,6 @@ class Saved(Protocol):
     root: Path
 
     def content(self) -> Content: ...
-
-
-def free_memory() -> int:
-    """Bytes of host memory that can still be taken, within the limit of a container; 0 where it is not known."""
-    try:
-        pages = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
-        free = 1024 * int(pages["MemAvailable"])
-    except (OSError, KeyError):
-        return 0
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
-    return min(free, max(0, limit - used))
 
 
 def size_of(content: Content) -> int:
@@ -105,12 +90,21 @@ class Saver:
         self.wait()
         self._due, self._clock = False, time.monotonic()
         content, self._in_flight = self.stage.content(), self.stage.step
-        if self.settings.background and self._fits(content):
-            self._thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
-            self._thread.start()
-        else:
+        if not (self.settings.background and self._fits(content) and self._starts(content)):
             self._write(content, self._in_flight)
             self._settle()
+
+    def _starts(self, content: Content) -> bool:
+        """Whether a copy and a thread could be had; where not, steps wait for the save."""
+        try:
+            thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
+            thread.start()
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error) and "can't start new thread" not in str(error):
+                raise
+            return False
+        self._thread = thread
+        return True
 
     def _fits(self, content: Content) -> bool:
         needed = size_of(content)
@@ -182,8 +176,3 @@ class Saver:
                 self.console.print(
                     f"step {self._in_flight}: the checkpoint could not be saved ({self._error})", soft_wrap=True
                 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a device, or of the host (which PyTorch reports as a RuntimeError)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

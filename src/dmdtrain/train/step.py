@@ -292,4 +292,5 @@ class Distiller:
                 flow = self.roles.flow("fake_score", noisy, draws.score_timestep, seen)
             loss = dmd.critic_loss(flow.float(), x0, draws.score_noise).mean()
             (loss * weight).backward()
-        return {"critic_loss": loss.detach()}, x0
+            unexplained = loss.detach() / (draws.score_noise - x0).var()  # of the flow's variance
+        return {"critic_loss": loss.detach(), "critic_unexplained": unexplained}, x0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from rich.console import Console
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.files import write_text
+from dmdtrain.files import is_partial, remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import interrupt, validation
 from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms, measure
@@ -30,12 +29,13 @@ from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
+from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.plan import changes, known_rate, memory_line
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import HeldOut, RealData
 from dmdtrain.train.render import Renderer
-from dmdtrain.train.saver import TrainingStopped, is_out_of_memory
+from dmdtrain.train.saver import TrainingStopped
 from dmdtrain.train.setup import (
     Run,
     build_roles,
@@ -71,7 +71,8 @@ def check_output(config: Config, resume: str) -> None:
         where = f"{output}: {above}" if above != output else output
         raise ConfigError(f"output_dir: {where} is not a folder")
     owned = output / "config.yaml"
-    if not owned.exists() and output.exists() and any(f.name not in ("cache", LOCK, REPORT) for f in output.iterdir()):
+    there = [f.name for f in output.iterdir() if not is_partial(f)] if output.exists() else []
+    if not owned.exists() and not {"cache", LOCK, REPORT}.issuperset(there):
         raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
     if resume not in ("auto", "never"):
         folder = Path(resume)
@@ -446,6 +447,29 @@ class Trainer:
 
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
     """`dmdtrain fit`: resolve, check, build, resume, train."""
+    try:
+        _check_and_fit(config, resume, console, dry_run)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not ran_out(error):
+            raise
+        raise TrainingStopped(f"{out_of_memory(error)}; the last checkpoint is intact; {smaller(config)}") from None
+
+
+def smaller(config: Config) -> str:
+    """What makes the run smaller: first what the same run can go on with."""
+    same: list[str] = []
+    new: list[str] = []
+    after = config
+    for change in changes(config):
+        before, after = after, configuration.changed(after, change)
+        named = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        (new if configuration.differences(before, after) else same).append(named)
+    told = [f"the same run can go on with {'; '.join(same[:3])}"] if same else []
+    told += [f"a new one with {'; '.join(new[:3])}"] if new else []
+    return f"{', '.join(told) or 'fewer frames or a smaller resolution help'} (dmdtrain plan CONFIG says by how much)"
+
+
+def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool) -> None:
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
     check_data(run)
@@ -459,25 +483,8 @@ def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return
-    try:
-        with locked(run.output_dir):
-            _fit(run, resume, console, scanned)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingStopped(out_of_memory(config, error)) from None
-
-
-def out_of_memory(config: Config, error: BaseException) -> str:
-    """What ran out, and what makes the run smaller."""
-    smaller = [" ".join(f"{k}={str(v).lower()}" for k, v in change.items()) for change in changes(config)]
-    advice = f"cheapest first: {'; '.join(smaller[:3])}" if smaller else "fewer frames or a smaller resolution"
-    reason = " ".join(str(error).split())
-    reason = re.sub(r"^.*?((?:CUDA )?out of memory|can't allocate memory)", r"\1", reason, flags=re.IGNORECASE)
-    return (
-        f"out of memory ({reason[:120]}); the last checkpoint is intact. To make the run smaller, {advice} "
-        "(dmdtrain plan CONFIG says by how much)"
-    )
+    with locked(run.output_dir):
+        _fit(run, resume, console, scanned)
 
 
 def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips]) -> None:
@@ -525,6 +532,8 @@ def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console:
     try:
         for root in (output / CHECKPOINTS, output / WARMUP):
             checkpoints.remove_leftovers(root)
+        for folder in (output, output / WARMUP, output / BAD_STEPS, *(output / "samples").glob("*")):
+            remove_partial(folder)
         write_text(output / "config.yaml", configuration.dump(run.config))
         for folder, what in damaged.items():
             moved = checkpoints.set_aside(folder, "damaged")
