@@ -178,17 +178,20 @@ CHANGED = {
 
 # What does not go with the rest of CHANGED.
 APART = {
+    "data.frame_interval": 2,  # beside data.fps
     "model.quantized_cache": "cache",
     "model.int8_matmul": True,
     "model.offload_blocks": True,
     "train.checkpoints_on": "host",
     "train.checkpoint_replay": False,
+    "validation.real_clips": 2,  # beside validation.every: 0
 }
 
 # What has to be set with a key for it to be valid alone.
 NEEDS: dict[str, dict] = {
     "dmd.real_data_loss_weight": {"data.videos": "clips", "rollout.causal": True, "warmup.kind": "teacher_forcing"},
     "data.videos": {"rollout.causal": True, "warmup.kind": "teacher_forcing"},
+    "validation.real_clips": {"data.videos": "clips", "rollout.causal": True, "warmup.kind": "teacher_forcing"},
     "ema.enabled": {"ema.validate_with": "raw"},
     "rollout.causal": {"rollout.num_training_frames": 9},
     "rollout.sink_frames": {"rollout.local_attention_frames": 8},
@@ -504,6 +507,13 @@ def test_disabled_ema_can_not_be_validated(refusal, load_text):
     message = refusal("ema: {enabled: false}")
     assert message == "ema.validate_with: ema needs ema.enabled: true; valid without it is raw"
     assert load_text("ema: {enabled: false, validate_with: raw}").ema.validate_with == "raw"
+
+
+def test_an_interval_beside_fps_is_refused(refusal, load_text):
+    assert (
+        refusal("data: {fps: 16, frame_interval: 2}") == "data.frame_interval: 2 has no effect beside fps; valid is 1"
+    )
+    assert load_text("data: {frame_interval: 2}").data.frame_interval == 2
 
 
 def test_causal_frames_must_fill_their_blocks(refusal, load_text):

@@ -104,6 +104,17 @@ def test_frames_are_those_seen_at_their_times(tmp_path, rate, fps, wanted):
         check_length(read_header(file), 5, fps, image=False)
 
 
+def test_every_other_frame(tmp_path):
+    file = write_clip(tmp_path / "a.mkv", 9, (32, 32), *LOSSLESS)
+    assert numbers(read_clip(file, 3, 32, 32, interval=4)) == [0, 4, 8]
+    assert numbers(read_clip(file, 4, 32, 32, interval=2)) == [0, 2, 4, 6]
+    check_length(read_header(file), 3, None, image=False, interval=4)
+    with pytest.raises(ValueError, match="it has 9 frames; 10 are needed"):
+        check_length(read_header(file), 4, None, image=False, interval=3)
+    with pytest.raises(ValueError, match="it has 3 frames, 1 in 4; 4 are needed"):
+        read_clip(file, 4, 32, 32, interval=4)
+
+
 def test_a_variable_frame_rate_goes_by_time_stamps(tmp_path):
     times = [0.0, 0.05, 0.5, 0.53, 0.56, 1.2]  # seconds
     file = write_clip(tmp_path / "a.mkv", 6, (32, 32), *LOSSLESS, times=times)

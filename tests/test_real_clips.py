@@ -42,15 +42,15 @@ CAPTIONS = ["a red cat runs", "a blue dog sleeps", "a cat on grass", "a dog", "a
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Six clips of 8 frames: four wide, two tall."""
+    """Six clips of 9 frames: four wide, two tall."""
     folder = tmp_path_factory.mktemp("made")
     for number, caption in enumerate(CAPTIONS):
         size = (64, 48) if number in (1, 4) else (48, 64)
         frames = [
             np.roll(frame, number, 1)
-            for frame in np.random.default_rng(number).integers(0, 256, (8, *size, 3), np.uint8)
+            for frame in np.random.default_rng(number).integers(0, 256, (9, *size, 3), np.uint8)
         ]
-        write_clip(folder / f"{number}.mp4", 8, size, caption=caption, frames=frames)
+        write_clip(folder / f"{number}.mp4", 9, size, caption=caption, frames=frames)
     return folder
 
 
@@ -125,6 +125,7 @@ def test_latents_are_those_of_the_codec(resolve, made):
 # What decides latents, or does not. {} keeps the names.
 DECIDES = {
     "data.fps": 16,
+    "data.frame_interval": 2,
     "data.crop": "none",
     "data.resolution": "64x48",
     "rollout.num_training_frames": 1,
@@ -180,7 +181,7 @@ def spoil(file: Path) -> None:
 
 
 def test_clips_that_fail_when_they_are_decoded_are_remembered(resolve, made, tmp_path, settings, monkeypatch):
-    """The header counts 8 frames; the last are noise."""
+    """The header counts 9 frames; the last are noise."""
     folder = shutil.copytree(made, tmp_path / "clips")
     for number in (0, 1):
         spoil(folder / f"{number}.mp4")

@@ -450,6 +450,8 @@ class Data(Group):
     `path`, `weight`, `repeats`, `caption_column`. Each clip gives its first frames, as many as a training video has."""
     fps: Positive | None = None
     """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. None: every frame as it comes."""
+    frame_interval: Count = 1
+    """Without fps: every so many-th frame of a clip as it comes; 2 halves its rate."""
     crop: Literal["center", "random", "none"] = "center"
     """center, random: a clip is scaled to cover its size, then cut; random: at a place that its content decides, the same one
     every time. none: scaled to its size, which distorts what has another aspect ratio."""
@@ -475,6 +477,8 @@ class Data(Group):
                 raise ValueError(
                     f"videos.{position}.repeats: {video_set.repeats} has no effect beside weight; valid is one of them"
                 )
+        if self.fps is not None and self.frame_interval > 1:
+            raise ValueError(f"frame_interval: {self.frame_interval} has no effect beside fps; valid is 1")
         if not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", self.aspect_ratio):
             raise ValueError(f"aspect_ratio: {_short(self.aspect_ratio)}: it must be WIDTH:HEIGHT, such as 16:9")
         parse_resolution(self.resolution, self.aspect_ratio, 1, key="resolution")

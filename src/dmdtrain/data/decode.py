@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,20 +66,19 @@ def read_header(file: Path) -> Header:
     return Header(width, height, count, span + (interval or span / max(1, count - 1)))
 
 
-def check_length(header: Header, num_frames: int, fps: float | None, image: bool) -> None:
-    """ValueError where a clip has fewer than `num_frames` frames at `fps` (None: its own)."""
+def check_length(header: Header, num_frames: int, fps: float | None, image: bool, interval: int = 1) -> None:
+    """ValueError where a clip has fewer than `num_frames` frames at `fps`; None: every `interval`-th of its own."""
     if image and num_frames > 1:
         raise ValueError(f"it is an image; {num_frames} frames are needed, images serve runs on one frame alone")
     if fps is None or num_frames == 1:
-        if header.frames < num_frames:
-            raise ValueError(f"it has {header.frames} frames; {num_frames} are needed")
+        needed = 1 + (num_frames - 1) * interval
+        if header.frames < needed:
+            raise ValueError(f"it has {header.frames} frames; {needed} are needed")
     elif header.seconds is None:
         raise ValueError("it has no time stamps, which data.fps needs")
     elif header.seconds * fps - SLACK <= num_frames - 1:
-        needed = (num_frames - 1) / fps
-        raise ValueError(
-            f"it lasts {header.seconds:.2f} s; {num_frames} frames at {fps:g} a second need more than {needed:.2f}"
-        )
+        wanted = f"{num_frames} frames at {fps:g} a second need more than {(num_frames - 1) / fps:.2f}"
+        raise ValueError(f"it lasts {header.seconds:.2f} s; {wanted}")
 
 
 def read_clip(
@@ -89,12 +89,13 @@ def read_clip(
     fps: float | None = None,
     crop: str = "center",
     place: float = 0.5,
+    interval: int = 1,
 ) -> torch.Tensor:
     """The first frames [3, T, H, W] in [-1, 1] of a clip.
 
     Args:
         height, width: in pixels.
-        fps: frames a second, by time stamps: each the one that is seen at its time. None: every frame.
+        fps: frames a second, by time stamps: each the one that is seen at its time. None: every `interval`-th frame.
         crop: center, random or none, as `data.crop`. place: of a random crop, in [0, 1).
 
     Raises:
@@ -109,20 +110,22 @@ def read_clip(
     with _stream(file) as (container, stream):
         stream.thread_type = "AUTO"  # several frames at once
         kept: list[torch.Tensor] = []
-        for frame, times in _chosen(_frames(container, stream), stream, num_frames, fps):
+        for frame, times in _chosen(_frames(container, stream), stream, num_frames, fps, interval):
             shown_width, shown_height = display_size(frame, stream)
             fitted = _fitted(_upright(frame), shown_width / shown_height, height, width, crop, place)
             kept += [fitted] * times
     if len(kept) < num_frames:
-        at = "" if fps is None else f" at {fps:g} a second"
+        at = f" at {fps:g} a second" if fps is not None else f", 1 in {interval}" if interval > 1 else ""
         raise ValueError(f"it has {len(kept)} frames{at}; {num_frames} are needed")
     return torch.stack(kept, 1)
 
 
-def _chosen(frames: Iterator[Any], stream: Any, num_frames: int, fps: float | None) -> Iterator[tuple[Any, int]]:
+def _chosen(
+    frames: Iterator[Any], stream: Any, num_frames: int, fps: float | None, every: int
+) -> Iterator[tuple[Any, int]]:
     """The frames that are taken, each with how often: one that is seen for long stands for several."""
     if fps is None:
-        for _, frame in zip(range(num_frames), frames, strict=False):
+        for frame in islice(frames, 0, 1 + (num_frames - 1) * every, every):
             yield frame, 1
         return
     interval = _interval(stream)

@@ -37,7 +37,7 @@ class Sample:
     data_set: int
     file: Path = field(repr=False, compare=False)
     seconds: float = field(repr=False, compare=False)  # of the whole clip
-    rate: float = field(repr=False, compare=False)  # its own frames a second; 0: unknown
+    rate: float = field(repr=False, compare=False)  # frames a second as they come; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
     if reason := source.bad or source.failed.get(how_read(run)):
         raise ValueError(reason)
     header = header_of(source)
-    check_length(header, num_frames(run), data.fps, clip.file.suffix.lower() in IMAGES)
+    check_length(header, num_frames(run), data.fps, clip.file.suffix.lower() in IMAGES, data.frame_interval)
     if min(header.width, header.height) < data.minimum_size:
         raise ValueError(f"it has {header.width} x {header.height} pixels; data.minimum_size is {data.minimum_size}")
     height, width = (edge * run.base.spatial_factor for edge in run.latent_shape[2:])
@@ -185,13 +185,15 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
         area, multiple = height * width, run.base.size_multiple
         height, width = bucket_size(header.width, header.height, area, multiple, data.aspect_bucket_rounding)
     seconds = header.seconds or 0.0
-    rate = header.frames / seconds if seconds else 0.0
+    rate = header.frames / seconds / data.frame_interval if seconds else 0.0
     return Sample(source.sha256, clip.caption, (height, width), number, clip.file, seconds, rate)
 
 
 def how_read(run: Run) -> str:
     """How a clip is read; where that has failed, it is not tried again."""
-    return f"{num_frames(run)} frames at {run.config.data.fps}"
+    data = run.config.data
+    every = f", 1 in {data.frame_interval}" if data.frame_interval > 1 else ""
+    return f"{num_frames(run)} frames at {data.fps}{every}"
 
 
 def held_out(run: Run, clips: Clips) -> list[Sample]:
@@ -227,8 +229,9 @@ def refuse_useless(run: Run, clips: Clips) -> None:
 
 
 def _needed(run: Run) -> str:
-    fps = run.config.data.fps
-    return f"{num_frames(run)} frame{'s' * (num_frames(run) > 1)}" + ("" if fps is None else f" at {fps:g} a second")
+    fps, every = run.config.data.fps, run.config.data.frame_interval
+    how = f", 1 in {every}" if every > 1 else "" if fps is None else f" at {fps:g} a second"
+    return f"{num_frames(run)} frame{'s' * (num_frames(run) > 1)}{how}"
 
 
 def write_report(run: Run, found: dict[str, Clips]) -> None:

@@ -67,7 +67,8 @@ def latent_name(run: Run, codec: str, sample: Sample) -> str:
     """The name of a sample's latents: whatever decides them is in it."""
     height, width = sample.size
     data = run.config.data
-    parts = (sample.sha256, codec, height, width, num_frames(run), data.fps, data.crop, "float32 to float16", 1)
+    frames = (num_frames(run), data.fps, data.frame_interval)
+    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16")
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -131,7 +132,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
         if cache.file(name).exists():  # another process was faster
             return None
         place = int(sample.sha256[:13], 16) / 16**13
-        return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place)
+        return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place, data.frame_interval)
 
     failed: dict[str, str] = {}
     with (
