@@ -1,6 +1,6 @@
-"""Throughput of clips as data: looking at them, starting again, decoding, reading latents, drawing. Prints JSON.
+"""Throughput of prompts and clips as data: reading, looking at them, starting again, decoding, the cache, drawing. Prints JSON.
 
-python benchmarks/data.py --clips 1000 --out output/data.json
+python benchmarks/data.py --out benchmarks/data.json
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import os
+import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -52,6 +53,36 @@ def clip_bytes(frames: int, size: tuple[int, int]) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def many_prompts(folder: Path, count: int) -> dict[str, float]:
+    """A file of prompts: reading it, encoding by the miniature's encoder, a second start, and rows as a step takes them."""
+    file, results = folder / "prompts.jsonl", {}
+    lines = (json.dumps({"prompt": f"a fox of kind {number} runs over the snow at dawn"}) for number in range(count))
+    file.write_text("\n".join(lines), encoding="utf-8")
+    # Short ones, because the encoder is not what is measured.
+    values = {"data": {"prompts": str(file), "max_sequence_length": 32}, "output_dir": str(folder / "run")}
+    resident = resident_mib()
+    with timed(results, "resolve_seconds"):
+        run = setup.resolve(build(values))
+    results["resident_mib"] = resident_mib() - resident
+    console, text = Console(quiet=True), setup.text_cache(run, torch.device("cpu"))
+    with timed(results, "encoding_seconds"):
+        setup.encode_text(text, run.prompts, console)
+    results["prompts_encoded_per_second"] = count / results["encoding_seconds"]
+    text = setup.text_cache(run, torch.device("cpu"))
+    with timed(results, "second_start_seconds"):
+        setup.encode_text(text, run.prompts, console)
+    drawn = random.Random(0).sample(run.prompts, 1000)
+    with timed(results, "seconds"):
+        for prompt in drawn:
+            text.get([prompt])
+    results["rows_read_per_second"] = len(drawn) / results.pop("seconds")
+    return {"prompts": count} | results
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def many_clips(folder: Path, count: int) -> dict[str, float]:
@@ -140,14 +171,17 @@ def drawing(count: int = 100_000, buckets: int = 20, n: int = 4) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "texts").mkdir()
         record = {
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "data_set": many_clips(folder, options.clips),
+            "prompts": many_prompts(folder / "texts", options.prompts),
+            "clips": many_clips(folder, options.clips),
             "decoding_to_832x480": decoding(folder),
             "latents_of_81_frames_832x480": loading(folder),
             "sampler": drawing(),

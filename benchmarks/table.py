@@ -83,6 +83,18 @@ def errors(record: dict[str, Any]) -> str:
     return rows(["base", *(f"t = {t}" for t in timesteps)], lines)
 
 
+def data(record: dict[str, Any]) -> str:
+    parts = {"machine": record} | {name: part for name, part in record.items() if isinstance(part, dict)}
+    lines = []
+    for name, part in parts.items():
+        found = {key: value for key, value in part.items() if not isinstance(value, dict)}
+        lines += [
+            [name.replace("_", " "), key.replace("_", " "), f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"]
+            for key, value in found.items()
+        ]
+    return rows(["", "", ""], lines)
+
+
 def page() -> str:
     parts = [HEAD]
     records = [json.loads(file.read_text()) for file in sorted((HERE / "records").glob("*.json"))]
@@ -102,7 +114,9 @@ def page() -> str:
     record = json.loads((HERE / "minimal.json").read_text())
     parts.append(rows(["", ""], [[key.replace("_", " "), str(value)] for key, value in record.items()]) + "\n")
     parts.append("## Error of each precision against float32 (`precision.py`)\n")
-    parts.append(errors(json.loads((HERE / "precision.json").read_text())))
+    parts.append(errors(json.loads((HERE / "precision.json").read_text())) + "\n")
+    parts.append("## Data (`data.py`)\n")
+    parts.append(data(json.loads((HERE / "data.json").read_text())))
     return "\n".join(parts) + "\n"
 
 

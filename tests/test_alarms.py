@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from dmdtrain.config import Alarms as Settings
 from dmdtrain.config import ConfigError, build
 from dmdtrain.train.alarms import ADVICE, WATCHED, Alarms, Running, load_alarms, measure
+from dmdtrain.train.fit import fit
 from dmdtrain.train.setup import resolve
 from dmdtrain.train.step import mean_distance
-from dmdtrain.train.trainer import Trainer, fit
+from dmdtrain.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,9 +29,9 @@ from dmdtrain.train.checkpoint import (
     step_folder,
     write_checkpoint,
 )
+from dmdtrain.train.fit import check_output, fit, pick_checkpoint
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.saver import SavesFailed
-from dmdtrain.train.trainer import find_resume, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -405,6 +405,12 @@ def run(settings_of_a_run) -> Path:
         write(output / "checkpoints", step, **{"config.yaml": configuration.dump(config)})
     (output / "config.yaml").write_text(configuration.dump(config))
     return output
+
+
+def find_resume(config, resume: str) -> Path | None:
+    """What `fit` goes on from."""
+    check_output(config, resume)
+    return pick_checkpoint(config, resume)[0]
 
 
 def test_resume_without_a_run(settings_of_a_run, tmp_path):

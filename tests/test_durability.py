@@ -28,7 +28,7 @@ from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["dmdtrain.train.trainer", "dmdtrain.train.commands", "dmdtrain.train.synthesize"])
+FORKS.set_forkserver_preload(["dmdtrain.train.fit", "dmdtrain.train.commands", "dmdtrain.train.synthesize"])
 UNLIMITED = resource.RLIM_INFINITY
 
 

@@ -55,7 +55,7 @@ def test_whole_road(run_cli, config_file, tmp_path):
 
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, config_file, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from dmdtrain.train.trainer import locked\n"
+        "import sys, time; from pathlib import Path; from dmdtrain.train.fit import locked\n"
         f"with locked(Path({str(tmp_path / 'run')!r})):\n    print('locked', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -22,7 +22,7 @@ from dmdtrain.config import Config, build
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.wan import find_folder
 from dmdtrain.train.checkpoint import list_checkpoints
-from dmdtrain.train.trainer import fit
+from dmdtrain.train.fit import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,12 +21,13 @@ from dmdtrain.models.encode import TextCache
 from dmdtrain.models.wan import find_folder
 from dmdtrain.train.checkpoint import list_checkpoints
 from dmdtrain.train.ema import Ema
+from dmdtrain.train.fit import fit, smaller
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import TrainingStopped
 from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate, moments
 from dmdtrain.train.setup import resolve, student_weights
 from dmdtrain.train.step import Distiller
-from dmdtrain.train.trainer import Trainer, fit, smaller
+from dmdtrain.train.trainer import Trainer
 
 ROLES = ("student", "fake_score")
 QUIET = {"validation.every": 0, "log.tensorboard": False}

@@ -132,8 +132,8 @@ def fit(
         overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
         checked = load(config, overrides)
 
+        from dmdtrain.train.fit import fit as run_fit
         from dmdtrain.train.saver import SavesFailed, TrainingStopped
-        from dmdtrain.train.trainer import fit as run_fit
 
         try:
             run_fit(checked, resume, _console(), dry_run=dry_run)
