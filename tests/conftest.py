@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from typer.testing import CliRunner
 from dmdtrain.cli import app
 
 torch.set_num_threads(2)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a shell ignores Ctrl-C for what it starts with &
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 TRANSFORMER = dict(
     patch_size=(1, 2, 2),

@@ -298,7 +298,8 @@ def test_an_optimizer_step_is_adamw(name):
     optimizer = build_optimizer(name, iter([p]), lr=0.25, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5)
     p.grad = torch.tensor([0.5, 3.0, -0.25], dtype=dtype)
     optimizer.step()
-    assert {key: type(value) for key, value in optimizer.state[p].items()} == moments(optimizer)
+    wanted_types, state = moments(optimizer, p), optimizer.state[p]
+    assert state.keys() == wanted_types.keys() and all(type(state[key]) in wanted_types[key] for key in state)
     wanted = torch.tensor([2 * 0.875 - 0.25, -4 * 0.875 - 0.25, 0.875 + 0.25])
     torch.testing.assert_close(p.detach().float(), wanted, rtol=0, atol=0.01 if dtype == torch.bfloat16 else 1e-5)
 

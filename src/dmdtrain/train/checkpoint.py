@@ -406,18 +406,18 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
             raise ValueError("it is the state of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = {index: _flat(values) for index, values in state["state"].items()}
-    kept = moments(optimizer)
     for index, values in states.items():
         dtypes = {value.dtype for key, value in values.items() if key.startswith("state")}
         if len(dtypes) > 1:
             raise ValueError(f"its moments are of the data types {dtypes}")
-        wanted = kept | dict.fromkeys(QUANTIZED if torch.uint8 in dtypes else (), torch.Tensor)
+        quantized = dict.fromkeys(QUANTIZED if torch.uint8 in dtypes else (), (torch.Tensor,))
+        wanted = moments(optimizer, parameters[index]) | quantized
         if values.keys() != wanted.keys():
             raise ValueError(f"a parameter's moments are {', '.join(values)}; this optimizer's are {', '.join(wanted)}")
         for key, value in values.items():
-            if type(value) is not wanted[key]:
+            if type(value) not in wanted[key]:
                 raise ValueError(f"{key} is a {type(value).__name__}")
-            if isinstance(value, torch.Tensor):
+            if wanted[key] == (torch.Tensor,):
                 _check_moment(key, value, parameters[index])
 
 

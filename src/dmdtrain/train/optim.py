@@ -46,13 +46,16 @@ def build_optimizer(
     raise ConfigError(f"optimizer.name: {name}: valid are adamw, adamw_bf16, adamw8bit, paged_adamw8bit")
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, type]:
+def moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, tuple[type, ...]]:
     """What an optimizer of `build_optimizer` keeps of a parameter that it has stepped, but for code books of 8-bit moments."""
+    tensor = (torch.Tensor,)
     if isinstance(optimizer, torch.optim.AdamW):
-        return {"step": torch.Tensor, "exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor}
+        return {"step": tensor, "exp_avg": tensor, "exp_avg_sq": tensor}
     if hasattr(optimizer, "is_paged"):  # bitsandbytes'
-        return {"step": int, "state1": torch.Tensor, "state2": torch.Tensor}
-    return {"exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor, "kahan_comp": torch.Tensor}
+        return {"step": (int,), "state1": tensor, "state2": tensor}
+    # optimi compensates bf16 alone; of others it keeps nothing, or, with its kernels for CUDA, a byte.
+    compensation = tensor if parameter.dtype == torch.bfloat16 else (torch.Tensor, type(None))
+    return {"exp_avg": tensor, "exp_avg_sq": tensor, "kahan_comp": compensation}
 
 
 def put_back_pages(optimizer: torch.optim.Optimizer) -> None:

@@ -290,7 +290,8 @@ class Distiller:
             seen = torch.where(draws.uncaptioned[:, None, None], self.uncond, context)
             with self.autocast():
                 flow = self.roles.flow("fake_score", noisy, draws.score_timestep, seen)
-            loss = dmd.critic_loss(flow.float(), x0, draws.score_noise).mean()
-            (loss * weight).backward()
-            unexplained = loss.detach() / (draws.score_noise - x0).var()  # of the flow's variance
-        return {"critic_loss": loss.detach(), "critic_unexplained": unexplained}, x0
+            losses = dmd.critic_loss(flow.float(), x0, draws.score_noise)
+            (losses.mean() * weight).backward()
+            losses = losses.detach()
+            unexplained = losses / (draws.score_noise - x0).flatten(1).var(dim=1)  # of the flow's variance
+        return {"critic_loss": losses.mean(), "critic_unexplained": unexplained.mean()}, x0
