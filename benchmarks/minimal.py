@@ -140,7 +140,8 @@ def main() -> None:
             phases = ("rollout", "critic", "scores", "replay", "optimizer")
             seconds["inside"].append(sum(values[f"seconds_{phase}"] for phase in phases))
             started = time.perf_counter()
-            losses = {"critic_loss": script.critic(*drawn[0]), "dmd_loss": script.student(*drawn[1])}
+            (_, seen, draws, _), (_, context, own_draws, _) = drawn
+            losses = {"critic_loss": script.critic(seen, draws), "dmd_loss": script.student(context, own_draws)}
             seconds["script"].append(time.perf_counter() - started)
             differences.append(max(abs(values[key] - loss) / abs(loss) for key, loss in losses.items()))
     assert max(differences) < 1e-3, differences
