@@ -27,7 +27,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dmdtrain.miniature.clips import render, split_captions
-from dmdtrain.train import commands, trainer, warmup  # noqa: F401 (what every fork needs)
+from dmdtrain.train import commands, fit, warmup  # noqa: F401 (what every fork needs)
 from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
 from dmdtrain.train.validation import write_mp4
 
