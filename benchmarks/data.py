@@ -29,7 +29,7 @@ from dmdtrain.train import setup
 from dmdtrain.train.clips import scan
 from dmdtrain.train.prepare_videos import prepare_videos, verify_videos
 
-FRAMES, SIZE = 81, (480, 832)
+SIZE = (480, 832)
 LATENTS = (16, 21, 60, 104)  # [C, T, H, W] of 81 frames of 832 x 480
 
 
@@ -73,7 +73,7 @@ def many_prompts(folder: Path, count: int) -> dict[str, float]:
     text = setup.text_cache(run, torch.device("cpu"))
     with timed(results, "second_start_seconds"):
         setup.encode_text(text, run.prompts, console)
-    drawn = random.Random(0).sample(run.prompts, 1000)
+    drawn = random.Random(0).choices(run.prompts, k=1000)
     with timed(results, "seconds"):
         for prompt in drawn:
             text.get([prompt])
@@ -114,15 +114,15 @@ def many_clips(folder: Path, count: int) -> dict[str, float]:
     return results | {"clips": count, "scanned_clips_per_second": count / results["first_scan_seconds"]}
 
 
-def decoding(folder: Path) -> dict[str, float]:
-    """Clips of 81 frames, decoded, resized and cropped to 832 x 480."""
+def decoding(folder: Path, frames: int) -> dict[str, float]:
+    """Clips decoded, resized and cropped to 832 x 480."""
     results: dict[str, float] = {}
     for name, size in (("480p", (480, 832)), ("1080p", (1080, 1920))):
         file = folder / f"{name}.mp4"
-        file.write_bytes(clip_bytes(FRAMES, size))
+        file.write_bytes(clip_bytes(frames, size))
         with timed(results, f"{name}_seconds_per_clip"):
-            read_clip(file, FRAMES, *SIZE)
-        results[f"{name}_frames_per_second"] = FRAMES / results[f"{name}_seconds_per_clip"]
+            read_clip(file, frames, *SIZE)
+        results[f"{name}_frames_per_second"] = frames / results[f"{name}_seconds_per_clip"]
     return results
 
 
@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--frames", type=int, default=81, help="of a clip that is decoded")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -182,7 +183,7 @@ def main() -> None:
             "torch_threads": torch.get_num_threads(),
             "prompts": many_prompts(folder / "texts", options.prompts),
             "clips": many_clips(folder, options.clips),
-            "decoding_to_832x480": decoding(folder),
+            "decoding_to_832x480": decoding(folder, options.frames),
             "latents_of_81_frames_832x480": loading(folder),
             "sampler": drawing(),
         }

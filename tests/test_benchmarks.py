@@ -1,0 +1,37 @@
+"""The benchmark scripts run, and the hand-written one comes to the trainer's losses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str, out: Path) -> dict:
+    command = [sys.executable, BENCHMARKS / script, *arguments, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_a_script_of_the_same_mathematics_has_the_same_losses(tmp_path):
+    record = run("minimal.py", "--steps", "1", "--batch", "2", out=tmp_path / "minimal.json")
+    assert record["largest_relative_difference_of_a_loss"] < 1e-5
+    assert 0 < record["loop_overhead"] < 0.5 and record["ours_over_script"] > 0
+
+
+def test_throughput_of_data(tmp_path):
+    record = run("data.py", "--prompts", "50", "--clips", "5", "--frames", "5", out=tmp_path / "data.json")
+    assert record["prompts"]["prompts"] == 50 and record["clips"]["clips"] == 5
+    rates = [value for part in record.values() if isinstance(part, dict) for value in part.values()]
+    assert len(rates) > 20 and min(rates) >= 0
+
+
+def test_the_page_of_records_is_made_of_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import table
+
+    assert (BENCHMARKS / "README.md").read_text(encoding="utf-8") == table.page(), "stale: python benchmarks/table.py"
