@@ -46,6 +46,7 @@ from dmdtrain.train.step import Distiller
 SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64}
 SIZES["tiny"] = SIZES["1.3b"] | SMALL
+WARMUP_STEPS = 2
 DEFAULTS = {
     "train.batch_size": 1,
     "optimizer.name": "adamw_bf16",
@@ -115,7 +116,8 @@ class Steps:
         self.config, self.device = config, device
         precision, attention = config.model.precision, config.model.attention
         base = random_transformer(SIZES[size], precision, device)
-        base.set_attention_backend(pick_attention(attention, device, SIZES[size]["attention_head_dim"]))
+        head_dim, dtype = SIZES[size]["attention_head_dim"], setup.compute_dtype(config)
+        base.set_attention_backend(pick_attention(attention, device, head_dim, dtype))
         if config.model.offload_blocks:
             stream_blocks(base, device)
         if config.model.int8_matmul:
@@ -186,8 +188,8 @@ class Steps:
                 self.average.update(self.average.every)
 
     def summary(self, rate: float) -> dict:
-        """Medians over all steps but the first two, which make the optimizers' state and whatever is compiled."""
-        later = self.records[2:]
+        """Medians over all steps but those of `main` that make the optimizers' state and whatever is compiled."""
+        later = self.records[2 * WARMUP_STEPS :]
         medians = {key: round(statistics.median(r[key] for r in later), 4) for key in later[0]}
         shapes = self.run.base.transformer, self.run.teacher.transformer
         interval = self.config.dmd.generator_update_interval
@@ -244,18 +246,23 @@ def main() -> None:
     steps: dict[str, Steps] = {}
     for name, overrides in runs.items():
         config = settings(args.size, overrides)
-        with LiveBytes() as live:  # every storage that is alive, exact on a CPU too
+        others = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        # Every storage that is alive, exact on a CPU too. What is compiled under it would never be compiled again.
+        with torch.compiler.set_stance("force_eager"), LiveBytes() as live:
             steps[name] = Steps(args.size, config, device)
             weights = live.now
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(2):  # the second one has the optimizers' moments
+            for _ in range(WARMUP_STEPS):  # the second one has the optimizers' moments
                 steps[name].step()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(WARMUP_STEPS):
+            steps[name].step()
         sizes = {"live_peak_gib": live.peak, "live_host_gib": live.host_peak, "weights_gib": weights}
         results[name] = {"overrides": overrides} | {key: round(size / GIB, 4) for key, size in sizes.items()}
         if device.type == "cuda":
-            results[name]["allocated_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-            results[name]["reserved_peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+            results[name]["allocated_peak_gib"] = round((torch.cuda.max_memory_allocated() - others) / GIB, 3)
+            results[name]["reserved_peak_gib"] = round((torch.cuda.max_memory_reserved() - others) / GIB, 3)
     for _ in range(args.steps):
         for each in steps.values():
             each.step()

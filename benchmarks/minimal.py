@@ -36,7 +36,8 @@ class Script:
     def __init__(self, trainer: Trainer):
         config = trainer.config
         folder = trainer.run.base.path / "transformer"
-        self.model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
+        model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        self.model = model.to(trainer.device).requires_grad_(False)
         for name, settings in (("student", config.student), ("fake_score", config.fake_score)):
             targets = list(config.student.targets)
             self.model.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets), name)
@@ -71,7 +72,7 @@ class Script:
         x = noise[0]
         for step in range(exit_step + 1):
             sigma = self.timesteps[step] / 1000
-            t = torch.full((len(x),), self.timesteps[step])
+            t = torch.full((len(x),), self.timesteps[step], device=x.device)
             with torch.set_grad_enabled(grad and step == exit_step):
                 x0 = x - sigma * self.flow("student", x, t, context)
             if step < exit_step:

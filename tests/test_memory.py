@@ -15,7 +15,7 @@ from torch import nn
 from dmdtrain.config import build
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.models import quantize
-from dmdtrain.models.attention import pick_attention, works
+from dmdtrain.models.attention import norm_queries_and_keys, pick_attention, works
 from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.offload import HostTensor, StreamedLinear, stream_blocks
 from dmdtrain.models.quantize import Int8Linear, Int8Tensor, int8_matmul, quantized_linear
@@ -322,8 +322,23 @@ def test_a_damaged_or_outdated_quantized_base_is_made_again(wan_folder, tmp_path
 
 def test_auto_picks_what_runs():
     cpu = torch.device("cpu")
-    assert pick_attention("auto", cpu, 12) == "native" and pick_attention("_native_math", cpu, 12) == "_native_math"
-    assert works("native", cpu, 12) and not works("flash", cpu, 12) and not works("_flash_3", cpu, 12)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert pick_attention("auto", cpu, 12, dtype) == "native"
+        assert pick_attention("_native_math", cpu, 12, dtype) == "_native_math"
+        assert works("native", cpu, 12, dtype) and not works("flash", cpu, 12, dtype)
+
+
+def test_norms_of_queries_and_keys_keep_their_inputs_type():
+    model = tiny_transformer()
+    names, old = dict(model.named_parameters()).keys(), model.blocks[0].attn1.norm_q
+    norm_queries_and_keys(model)
+    norm = model.blocks[0].attn1.norm_q
+    assert dict(model.named_parameters()).keys() == names and norm.weight is old.weight
+    x = torch.randn(2, 5, len(old.weight))
+    assert torch.equal(norm(x), old(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), old(x), rtol=0.02, atol=0.02)
 
 
 # ------------------------------------------------------------------------------------------------- the codec's tiles

@@ -196,7 +196,7 @@ def test_plan_says_what_fits_and_what_would_make_it(settings, deep_folder, tmp_p
     settings["train"]["batch_size"] = 4
     result = run_plan(settings, tmp_path, "--gpu", "4090")
     assert result.exit_code == 0 and re.search(r"fits in 24 GiB +yes", result.output), result.output
-    assert "TFLOP" in result.output and "h for 4 steps" in result.output
+    assert "TFLOP" in result.output and "h for 4 steps" in result.output and re.search(r"\n +rollout \d", result.output)
     # As it is it does not fit, with the first change it does.
     monkeypatch.setattr(planning, "CONTEXT_GIB", 0.0)
     run = setup.resolve(build(settings))
@@ -253,10 +253,14 @@ def test_bad_input_of_plan(settings, tmp_path):
     assert result.exit_code == 2 and "--gpu: voodoo2: valid are" in result.output + result.stderr
 
 
-def test_fit_says_what_was_planned(settings, deep_folder):
+def test_fit_says_what_was_planned(settings, deep_folder, monkeypatch):
     run = resolved(settings, deep_folder)
-    assert "GiB planned" in planning.memory_line(run, 80 * GIB) and "not fit" not in planning.memory_line(run, 80 * GIB)
-    assert "dmdtrain plan says what would" in planning.memory_line(run, GIB // 2)
+    (line,) = planning.memory_lines(run, 80 * GIB)
+    assert "GiB planned, 80.0 free" in line
+    monkeypatch.setattr(planning, "CONTEXT_GIB", 0.0)
+    small = round(0.9 * make_plan(run).peak)
+    lines = list(planning.memory_lines(run, small))
+    assert "not fit" in lines[1] and "GiB" in lines[2] and lines[-1].startswith("it fits with: --set train.")
 
 
 def test_every_logged_line_has_the_rate_of_model_flops(settings, tmp_path):

@@ -56,6 +56,17 @@ def test_only_int8_is_saved_for_backward():
     assert sum(t.numel() * t.element_size() for t in saved) == 64 * 64 + 64 * 4
 
 
+def test_an_llm_int8_layer_that_is_moved_takes_what_its_kernel_reads_along():
+    layer = quantized_linear(torch.randn(32, 16), None, "int8-llm")
+    x = torch.randn(2, 16, dtype=torch.bfloat16)
+    for used in (False, True):  # from the first pass on, the layer's state has them
+        before = layer(x) if used else None
+        layer._apply(torch.clone)  # as Module.to goes about it
+        holder = layer.state if used else layer.weight
+        assert holder.CB.data_ptr() == layer.weight.data_ptr() and holder.CB.dtype == torch.int8
+        assert before is None or torch.equal(layer(x), before)
+
+
 def stored(model: nn.Module, folder: Path) -> Path:
     """A model's weights in one file, float32."""
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "weights.safetensors")

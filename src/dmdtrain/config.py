@@ -173,7 +173,7 @@ class Model(Group):
     """Folder in which quantized transformers are kept and found the next time. None: quantized at every start."""
     int8_matmul: bool = False
     """precision int8: passes without gradient (rollout, scores, sampling) multiply in int8, activations rounded with a scale
-    per token. Faster; benchmarks/README.md has its error."""
+    per token. Worth trying with train.compile, which fuses the scaling; benchmarks/README.md has its error."""
     offload_blocks: bool = False
     """Keep the weights of frozen blocks in host memory; the block that is computed and the next are on the device. Changes no
     number. For LoRA runs on precision fp32, bf16, int8 or nf4."""
@@ -181,7 +181,7 @@ class Model(Group):
     """Of the text encoder, which runs once per prompt and is then freed."""
     attention: str = "auto"
     """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ... auto: the fastest that
-    runs here, of FlashAttention 3, cuDNN's, FlashAttention 2 and PyTorch's own."""
+    runs here with its backward, of FlashAttention 3, cuDNN's, FlashAttention 2 and PyTorch's own."""
     flow_shift: Positive | None = None
     """Shift of the teacher's own sampling schedule. None: what the model folder's scheduler says."""
 

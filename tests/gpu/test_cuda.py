@@ -28,7 +28,8 @@ def fit(settings: dict, folder, *args: str) -> list[dict]:
     file.write_text(yaml.safe_dump(settings))
     result = CliRunner().invoke(app, ["fit", str(file), *args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "critic_loss" in line]  # others are of validations
 
 
 OPTIMIZERS = ["adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit"]
@@ -65,9 +66,17 @@ def test_resume_is_exact(settings, tmp_path, optimizer):
     assert [line["critic_loss"] for line in parts] == [line["critic_loss"] for line in whole]
 
 
+def test_fit_of_the_miniature_in_float32(settings, tmp_path):
+    """Heads of 32 channels, which more backends take than those of `settings`, but not in float32."""
+    settings["model"] |= {"base": "wan-tiny", "precision": "fp32"}
+    settings["data"]["resolution"] = settings["validation"]["resolution"] = "64x64"
+    assert len(fit(settings, tmp_path)) == 4
+
+
+@pytest.mark.parametrize("via", ["cpu", "device"])
 @pytest.mark.parametrize("precision", ["int8", "int8-llm", "nf4"])
-def test_fit_on_a_quantized_base(settings, tmp_path, precision):
-    settings["model"] |= {"precision": precision, "text_encoder_precision": precision, "quantize_via": "device"}
+def test_fit_on_a_quantized_base(settings, tmp_path, precision, via):
+    settings["model"] |= {"precision": precision, "text_encoder_precision": precision, "quantize_via": via}
     settings["train"] |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
     lines = fit(settings, tmp_path)
     assert len(lines) == 4 and all(line["bad_steps"] == 0 for line in lines)
@@ -111,13 +120,13 @@ def test_too_little_memory_is_one_line(settings, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     said = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == 74 and "dmdtrain: out of memory (CUDA out of memory" in said and "Traceback" not in said
+    assert done.returncode == 1 and "dmdtrain: out of memory (CUDA out of memory" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("backend", CUDA_ORDER)
 def test_attention_backends_agree(backend):
     device = torch.device("cuda")
-    if not works(backend, device, 128):
+    if not works(backend, device, 128, torch.bfloat16):
         pytest.skip(f"{backend} is not here")
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(2, n, 12, 128, device=device, generator=generator) for n in (300, 700, 700))

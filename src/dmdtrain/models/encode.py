@@ -129,6 +129,9 @@ class TextCache:
                 progress(total - len(missing), written)
         del encoder, tokenizer
         gc.collect()
+        if self.device.type == "cuda":  # what it took is free for all, and no part of the run's peak
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def get(self, prompts: list[str]) -> torch.Tensor:
         """[B, L, D] float32 on the device; zeros past each prompt's end. Prompts must have been prepared."""

@@ -171,6 +171,7 @@ class BlockStream:
         self.device = device
         self._blocks: list[list[HostTensor]] = []
         self._here: list[torch.Tensor] = []
+        self._passed: list[Any] = []  # events on the device, of the blocks that it may not have reached yet
         self._current = self._next = -1
 
     def add(self, block: int, weight: torch.Tensor) -> int:
@@ -189,11 +190,19 @@ class BlockStream:
                     weight.forget()
             self._current, self._next = block, (block + step) % len(self._blocks)
             self._here = []
+            self._keep_close()
             self._here = [weight.get() for weight in self._blocks[block]]
             if self._next != block:
                 for weight in self._blocks[self._next]:
                     weight.prefetch()
         return self._here[place]
+
+    def _keep_close(self) -> None:
+        """Waits until the device has come within two blocks: the memory of those behind it is free only then."""
+        if self.device.type == "cuda":
+            self._passed.append(torch.cuda.current_stream(self.device).record_event())
+            if len(self._passed) > 2:
+                self._passed.pop(0).synchronize()
 
 
 class StreamedLinear(nn.Linear):

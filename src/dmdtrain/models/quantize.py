@@ -136,11 +136,24 @@ def quantized_linear(weight: torch.Tensor, bias: nn.Parameter | None, kind: str)
         layer = _empty_linear4bit(size)
         packed = Params4bit(weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4", compress_statistics=True)
     else:
-        layer = Linear8bitLt(**size, device="meta", has_fp16_weights=False, threshold=OUTLIER)
-        packed = Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
-    layer.weight = packed.to(weight.device)  # this is what quantizes
+        codes, row_max, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        layer = LlmInt8Linear(**size, device="meta", has_fp16_weights=False, threshold=OUTLIER)
+        packed = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=row_max)
+    layer.weight = packed.to(weight.device)  # this is what quantizes to nf4
     layer.bias = bias
     return layer
+
+
+class LlmInt8Linear(Linear8bitLt):
+    """bitsandbytes' layer, whose weight can be moved in place, as `Module.to` does it: the tensors that the kernel reads go
+    with it."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LlmInt8Linear:
+        super()._apply(fn, recurse)
+        for holder in (self.weight, self.state):
+            if holder.CB is not None:
+                holder.CB, holder.SCB = self.weight.data, fn(holder.SCB)
+        return self
 
 
 class _EmptyNf4(nn.Linear):
@@ -303,7 +316,7 @@ def stored_linear(linear: nn.Linear, kind: str, weight: torch.Tensor, beside: di
         stats = {key.removeprefix("weight."): value for key, value in beside.items() if key.startswith("weight.")}
         layer.weight = Params4bit.from_prequantized(weight, stats, device=weight.device)
     else:
-        layer = Linear8bitLt(**size, device="meta", has_fp16_weights=False, threshold=OUTLIER)
+        layer = LlmInt8Linear(**size, device="meta", has_fp16_weights=False, threshold=OUTLIER)
         layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=beside["SCB"])
     layer.bias = linear.bias
     return layer

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dmdtrain.models.attention import norm_queries_and_keys
 from dmdtrain.models.causal import CausalView, View, install
 from dmdtrain.models.offload import HostCheckpoints
 
@@ -84,6 +85,8 @@ class Roles:
         compile_backend: str | None = None,
         init_lora_weights: bool = True,
     ):
+        for model in (base, *([] if teacher is None else [teacher])):
+            norm_queries_and_keys(model)
         # Copies first: they are copies of the bare base, without adapters.
         copies = {name: cast_weights(copy.deepcopy(base), full_dtype) for name, spec in trained.items() if spec is None}
         base.requires_grad_(False)

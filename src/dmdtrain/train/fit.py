@@ -20,7 +20,7 @@ from dmdtrain.train.alarms import BAD_STEPS
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.clips import REPORT, Clips, describe_clips, scan
 from dmdtrain.train.memory import out_of_memory, ran_out
-from dmdtrain.train.plan import changes, memory_line
+from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.saver import TrainingStopped
 from dmdtrain.train.setup import Run, describe, resolve
 from dmdtrain.train.step import check_score_ranges
@@ -63,8 +63,9 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     for line in describe(run) + describe_clips(run, scanned):
         console.print(line, soft_wrap=True, highlight=False)
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        console.print(memory_line(run, total), soft_wrap=True, highlight=False)
+        free, _ = torch.cuda.mem_get_info()
+        for line in memory_lines(run, free):
+            console.print(line, soft_wrap=True, highlight=False)
     if dry_run:
         console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
         return

@@ -7,6 +7,7 @@ model is underestimated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from rich.console import Console
 from torch import nn
 
 from dmdtrain.config import Config, ConfigError, changed, nested_get
+from dmdtrain.models.quantize import KINDS
 from dmdtrain.models.wan import WanFolder, find_folder
 from dmdtrain.train.accounting import measure
 from dmdtrain.train.flops import step_flops
 from dmdtrain.train.setup import Run, resolve
 
 GIB = 2**30
+FITS = "it fits with:"
 # Transformer blocks of the models that are run: the first block, whose input needs no gradient, is unlike others, and with two
 # it could not be told whether a pass goes up or down.
 SHORT = (3, 4)
@@ -62,6 +65,13 @@ class Plan:
     @property
     def training_peak(self) -> int:
         return self.resident + max(self.phases.values()) + int(CONTEXT_GIB * GIB)
+
+    def host_peak(self, config: Config) -> int:
+        """Models are read into host memory, one after the other, but for layers that the device quantizes."""
+        loaded = [self.items.get("base", 0), self.items.get("teacher", 0)]
+        if config.model.quantize_via == "device" and config.model.precision in KINDS:
+            loaded = []
+        return max(self.host, self.text_encoder, *loaded) + HOST_GIB * GIB
 
     @property
     def peak(self) -> int:
@@ -174,7 +184,7 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
     if plan.text_encoder > plan.resident + plan.phases[worst]:
         worst = "text encoding"
     lines.append(f"{'peak':<24}{plan.peak / GIB:8.2f} GiB, in {worst}")
-    needed = max(plan.host + HOST_GIB * GIB, plan.text_encoder if config.model.quantize_via == "cpu" else 0)
+    needed = plan.host_peak(config)
     options = f", {plan.host / GIB:.1f} of it for what lies there instead of on the GPU" if plan.host else ""
     lines.append(f"{'host memory':<24}{needed / GIB:8.2f} GiB{options}")
     disk = plan.checkpoint * (config.checkpoint.keep + 1) / GIB
@@ -184,11 +194,12 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
     lines.append(f"{'a step':<24}{total / 1e12:8.1f} TFLOP ({shares})")
     if gpu is not None:
         rate = GPUS[gpu][1] * 1e12 * UTILISATION
-        hours = total * config.train.max_steps / rate / 3600
+        hours = {name: flops * config.train.max_steps / rate / 3600 for name, flops in plan.flops.items()}
         lines.append(
-            f"{'time on ' + gpu:<24}{total / rate:8.1f} s a step, {hours:.1f} h for {config.train.max_steps} steps "
-            f"(at {UTILISATION:.0%} of {GPUS[gpu][1]} TFLOP/s)"
+            f"{'time on ' + gpu:<24}{total / rate:8.1f} s a step, {sum(hours.values()):.1f} h for {config.train.max_steps} "
+            f"steps (at {UTILISATION:.0%} of {GPUS[gpu][1]} TFLOP/s), without warm-up and validation"
         )
+        lines.append(f"{'':<24}{'':8} " + ", ".join(f"{name} {time:.1f} h" for name, time in hours.items()))
     if vram is not None:
         room = vram - plan.peak / GIB
         verdict = f"yes, {room:.1f} GiB to spare" if room >= 0 else f"no, {-room:.1f} GiB too much"
@@ -196,11 +207,13 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
     return lines
 
 
-def memory_line(run: Run, total: int) -> str:
-    """What `fit` says of a device with `total` bytes."""
+def memory_lines(run: Run, free: int) -> Iterator[str]:
+    """What `fit` says of a device on which so many bytes are free: whether the run fits, and what would make it."""
     peak = make_plan(run).peak
-    verdict = "" if peak <= total else "; it will probably not fit: dmdtrain plan says what would"
-    return f"memory          {peak / GIB:.1f} GiB planned of the device's {total / GIB:.1f}{verdict}"
+    yield f"memory          {peak / GIB:.1f} GiB planned, {free / GIB:.1f} free on the device"
+    if peak > free:
+        yield "warning: it will probably not fit"
+        yield from suggestions(run, free)
 
 
 def known_rate(device_name: str) -> float | None:
@@ -255,20 +268,25 @@ def plan(config: Config, vram: float | None, gpu: str | None, console: Console) 
         console.print(line, soft_wrap=True, highlight=False)
     if vram is None or made.peak <= vram * GIB:
         return True
-    applied: list[str] = []
+    fits = False
+    for line in suggestions(run, round(vram * GIB)):
+        console.print(line, soft_wrap=True, highlight=False)
+        fits = line.startswith(FITS)
+    return fits
+
+
+def suggestions(run: Run, vram: int) -> Iterator[str]:
+    """The peak with one change after the other, until it is at most `vram` bytes; then all of them, as --set."""
+    config, applied = run.config, list[str]()
     for change in changes(config):
         before, config = config, changed(config, change)
         applied += [f"--set {key}={_yaml(value)}" for key, value in change.items() if nested_get(before, key) != value]
         peak = make_plan(replace(run, config=config)).peak
-        console.print(f"with {applied[-1]:<40} {peak / GIB:8.2f} GiB", soft_wrap=True, highlight=False)
-        if peak <= vram * GIB:
-            console.print(f"it fits with: {' '.join(applied)}", soft_wrap=True, highlight=False)
-            return True
-    console.print(
-        "none of these makes it fit: fewer frames or a smaller resolution would",
-        soft_wrap=True,
-    )
-    return False
+        yield f"with {applied[-1]:<40} {peak / GIB:8.2f} GiB"
+        if peak <= vram:
+            yield f"{FITS} {' '.join(applied)}"
+            return
+    yield "none of these makes it fit: fewer frames or a smaller resolution would"
 
 
 def _yaml(value: Any) -> str:

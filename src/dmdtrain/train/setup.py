@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,12 +160,25 @@ def resolve_timesteps(steps: list[float], shift: float) -> list[float]:
 
 
 def device_of_this_machine() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    # Pinned memory as large as was asked for. A PyTorch before 2.13 does not know it, and rounds up to powers of two.
+    settings = ",".join(filter(None, (given, "pinned_max_round_threshold_mb:1")))
+    with suppress(RuntimeError, ValueError, AttributeError):
+        torch._C._accelerator_setAllocatorSettings(settings)
+    return torch.device("cuda")
 
 
 def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocast]:
     """The context of every transformer pass."""
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Of activations."""
+    plain = config.train.mixed_precision == "no" and config.model.precision == "fp32"
+    return torch.float32 if plain else torch.bfloat16
 
 
 def adapter_specs(config: Config) -> dict[str, AdapterSpec | None]:
@@ -183,7 +198,8 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
 
     def load(folder: WanFolder, precision: str) -> Any:
         cache = None if model.quantized_cache is None else Path(model.quantized_cache).expanduser()
-        attention = pick_attention(model.attention, device, folder.transformer["attention_head_dim"])
+        head_dim = folder.transformer["attention_head_dim"]
+        attention = pick_attention(model.attention, device, head_dim, compute_dtype(config))
         quantize_on = device if model.quantize_via == "device" else None
         transformer = load_transformer(folder, precision, attention, quantize_on, cache)
         if model.offload_blocks:
