@@ -182,6 +182,7 @@ APART = {
     "model.quantized_cache": "cache",
     "model.int8_matmul": True,
     "model.offload_blocks": True,
+    "train.deterministic": True,
     "train.checkpoints_on": "host",
     "train.checkpoint_replay": False,
     "validation.real_clips": 2,  # beside validation.every: 0
@@ -219,6 +220,7 @@ MAY_CHANGE = {
     "train.checkpoint_replay",
     "train.batched_guidance",
     "train.compile",
+    "train.deterministic",
     "ema.validate_with",
     "ema.keep_on",
     "data.on_bad_video",
@@ -507,6 +509,12 @@ def test_disabled_ema_can_not_be_validated(refusal, load_text):
     message = refusal("ema: {enabled: false}")
     assert message == "ema.validate_with: ema needs ema.enabled: true; valid without it is raw"
     assert load_text("ema: {enabled: false, validate_with: raw}").ema.validate_with == "raw"
+
+
+def test_deterministic_kernels_are_native(refusal, load_text):
+    message = refusal("{train: {deterministic: true}, model: {attention: flash}}")
+    assert message == "model.attention: flash does not go with train.deterministic; valid are auto, native"
+    assert load_text("train: {deterministic: true}").model.attention == "auto"
 
 
 def test_an_interval_beside_fps_is_refused(refusal, load_text):

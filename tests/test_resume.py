@@ -168,6 +168,15 @@ def test_every_option_is_resumed(case, values, clips, encoded, tmp_path):
     assert ("random:real" in moved) == ("dmd.real_data_loss_weight" in OPTIONS[case])
 
 
+def test_a_run_of_deterministic_kernels(values, encoded, tmp_path):
+    values["train"]["deterministic"] = True
+    try:
+        assert_two_and_two_are_four(values, encoded, tmp_path)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_surroundings_change_nothing(values, encoded, tmp_path):
     """Working directory, locale, hash seed, time zone, the terminal's encoding, a clock that jumps, saves in the foreground."""
     values["train"]["batch_size"] = 1

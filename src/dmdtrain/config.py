@@ -535,6 +535,9 @@ class Train(Group):
     """Guided scores take the prompt and the negative prompt in one batch; false: one after the other, in less memory."""
     compile: bool = False
     """torch.compile of every transformer block: minutes at the start, faster steps."""
+    deterministic: bool = False
+    """On a GPU: kernels that add in the same order each time, so that a resumed run comes to the same bits there too; slower.
+    Needs model.attention auto or native. On a CPU every run does."""
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_yaml_no)] = "bf16"
     """Autocast of the transformer passes."""
     seed: Seed = 0
@@ -687,6 +690,10 @@ class Config(Group):
                 raise ValueError(
                     f"{name}.kind: full can not be trained on model.precision {self.model.precision}; valid is lora, or bf16"
                 )
+        if self.train.deterministic and self.model.attention not in ("auto", "native"):
+            raise ValueError(
+                f"model.attention: {self.model.attention} does not go with train.deterministic; valid are auto, native"
+            )
         if self.model.int8_matmul and self.model.precision != "int8":
             raise ValueError(f"model.int8_matmul: true needs model.precision int8; it is {self.model.precision}")
         if self.model.quantized_cache is not None and self.model.precision in ("fp32", "bf16"):
@@ -780,6 +787,7 @@ RESUMABLE = (
     "train.checkpoint_replay",
     "train.batched_guidance",
     "train.compile",
+    "train.deterministic",
     "output_dir",
 )
 

@@ -66,6 +66,17 @@ def test_resume_is_exact(settings, tmp_path, optimizer):
     assert [line["critic_loss"] for line in parts] == [line["critic_loss"] for line in whole]
 
 
+def test_resume_is_exact_with_deterministic_kernels(settings, tmp_path):
+    settings["model"] |= {"base": "wan-tiny", "precision": "bf16"}
+    settings["data"]["resolution"] = settings["validation"]["resolution"] = "64x64"
+    settings["rollout"] = {"causal": True, "num_frame_per_block": 1, "num_training_frames": 3}
+    settings["train"] |= {"mixed_precision": "bf16", "deterministic": True}
+    try:
+        test_resume_is_exact(settings, tmp_path, "adamw")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_fit_of_the_miniature_in_float32(settings, tmp_path):
     """Heads of 32 channels, which more backends take than those of `settings`, but not in float32."""
     settings["model"] |= {"base": "wan-tiny", "precision": "fp32"}

@@ -199,7 +199,10 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
     def load(folder: WanFolder, precision: str) -> Any:
         cache = None if model.quantized_cache is None else Path(model.quantized_cache).expanduser()
         head_dim = folder.transformer["attention_head_dim"]
-        attention = pick_attention(model.attention, device, head_dim, compute_dtype(config))
+        wanted = (
+            "native" if config.train.deterministic else model.attention
+        )  # cuDNN's and FlashAttention's backward is not
+        attention = pick_attention(wanted, device, head_dim, compute_dtype(config))
         quantize_on = device if model.quantize_via == "device" else None
         transformer = load_transformer(folder, precision, attention, quantize_on, cache)
         if model.offload_blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,10 @@ class Trainer:
         self.device = device_of_this_machine()
         if self.device.type == "cpu":
             torch.set_flush_denormal(True)
+        if self.config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
         self.text = text_cache(run, self.device)
         negatives = [self.config.data.negative_prompt, self.config.validation.negative_prompt]
         self.clips = prepare_videos(run, console, scanned)
