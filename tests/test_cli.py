@@ -171,7 +171,7 @@ def test_a_late_error_of_the_installed_command(wan_folder, tmp_path):
     settings = {
         "model": {"base": str(wan_folder), "precision": "fp32", "text_encoder_precision": "fp32"},
         "student": {"targets": ["nowhere"]},
-        "data": {"resolution": "32x32", "max_sequence_length": 8},
+        "data": {"prompts": "wan-tiny", "resolution": "32x32", "max_sequence_length": 8},
         "validation": {"num_frames": 5, "resolution": "32x32"},
         "output_dir": str(tmp_path / "run"),
     }

@@ -227,7 +227,7 @@ MAY_CHANGE = {
     "output_dir",
     "log.every",
     "log.tensorboard",
-    *(key for key in CHANGED | APART if key.startswith(("checkpoint.", "alarms.", "validation."))),
+    *(key for key in CHANGED if key.startswith(("checkpoint.", "alarms.", "validation."))),
 }
 
 

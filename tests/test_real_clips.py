@@ -485,6 +485,40 @@ def test_what_does_not_go_together_is_refused(write, made):
     says(ode | {"warmup.data": str(made)}, "warmup.data: ", "holds no trajectories")
 
 
+def test_without_prompts_the_captions_are_the_prompts(write, made, tmp_path):
+    changes = {"data.prompts": None, "train.max_steps": 2}
+    output = done("fit", write(changes))
+    assert "prompts 6 for training" in output and f"{len(CAPTIONS)} clips" in output
+    found = done("prepare", write(changes))
+    assert "6 training prompts" in found and "0 added" in found
+    kept = {"validation.real_clips": 2, "validation.every": 2}
+    shutil.rmtree(tmp_path / "run")
+    assert "prompts 4 for training" in done("fit", write(changes | kept), "--dry-run")
+    all_kept = kept | {"validation.real_clips": 6, "dmd.real_data_loss_weight": 0}
+    refused(
+        "fit", write(changes | all_kept), says=["data.prompts: not given, and validation.real_clips leaves no clip"]
+    )
+    output = done("synthesize", write(changes), "--out", str(tmp_path / "made"), "--what", "latents", "--steps", "1")
+    assert "6 latents" in output
+    refused(
+        "fit",
+        write({"data.prompts": None, "data.videos": None, "dmd.real_data_loss_weight": 0}),
+        says=["data.prompts: not given; valid are a file of prompts, or data.videos"],
+    )
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(write, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "clips [v2]")
+    (folder / "0.mp4").rename(folder / "My clip [dQw4w9].mp4")
+    rows = [{"file_name": name, "text": "a cat"} for name in ("1.mp4", "My clip [dQw4w9].mp4", "a[/b].exe")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = done("fit", write({}, str(folder)), "--dry-run")
+    assert "a[/b].exe" in output and "2 clips" in output
+    (folder / "metadata.jsonl").unlink()
+    output = done("fit", write({}, str(folder)), "--dry-run")
+    assert "My clip [dQw4w9].mp4" in output and "clips [v2]" in output
+
+
 def test_a_mixture_of_data_sets(write, made, tmp_path):
     rows = [{"file_name": f"{i}.mp4", "long": f"a dog {i}"} for i in range(3)]
     listed = shutil.copytree(made, tmp_path / "listed")

@@ -78,7 +78,7 @@ def _quiet() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(file=_Output())  # type: ignore[arg-type]
+    return Console(file=_Output(), markup=False)  # type: ignore[arg-type]
 
 
 class _Output:

@@ -425,9 +425,9 @@ def _one_set(value: Any) -> Any:
 class Data(Group):
     """What the student is trained on."""
 
-    prompts: PathText = "wan-tiny"
+    prompts: PathText | None = None
     """.txt (one a line), .jsonl, .json, .csv, .tsv or .parquet; `wan-tiny`: the miniature's training captions. Blank lines and
-    duplicates are left out."""
+    duplicates are left out. None: the captions of `videos`, or on the miniature, without videos, its own."""
     prompt_column: str | None = None
     """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one, or the one called
     prompt, caption or text."""
@@ -791,6 +791,7 @@ RESUMABLE = (
     "output_dir",
 )
 
+TRAINS = ("validation.real_clips",)  # are kept from training
 SPLIT = ("train.batch_size", "train.gradient_accumulation")  # may change where their product does not
 
 
@@ -949,7 +950,7 @@ def differences(old: Config, new: Config) -> list[str]:
     """Keys that differ and may not when a run goes on, each as `key: old -> new`."""
     found = []
     for key in known_keys():
-        if key in RESUMABLE or key.split(".")[0] in RESUMABLE:
+        if (key in RESUMABLE or key.split(".")[0] in RESUMABLE) and key not in TRAINS:
             continue
         if key in SPLIT and old.samples_per_update == new.samples_per_update:
             continue

@@ -37,6 +37,7 @@ def derived(config: Config) -> dict[str, str]:
         "warmup.data": f"{config.output_dir}/cache/warmup" if config.warmup.kind != "none" else "no warm-up",
         "warmup.timestep_shift": f"as model.flow_shift{'' if shift is None else f', {shift:g}'}",
         "model.quantized_cache": "quantized at every start",
+        "data.prompts": "the captions of data.videos; without, wan-tiny's on wan-tiny",
         "data.prompt_column": "the only one, or prompt, caption or text",
         "data.cache_dir": f"{config.output_dir}/cache",
         "data.videos": "no clips",

@@ -7,7 +7,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -206,6 +206,16 @@ def held_out(run: Run, clips: Clips) -> list[Sample]:
 def for_training(run: Run, clips: Clips) -> list[Sample]:
     kept = set(held_out(run, clips))
     return [sample for sample in clips.samples if sample not in kept]
+
+
+def with_captions(run: Run, found: dict[str, Clips]) -> Run:
+    """A run without prompts of its own has the captions of the clips that it may train on."""
+    if run.prompts:
+        return run
+    captions = dict.fromkeys(sample.caption for sample in for_training(run, found["data.videos"]))
+    if not captions:
+        raise ConfigError("data.prompts: not given, and validation.real_clips leaves no clip whose caption could serve")
+    return replace(run, prompts=list(captions))
 
 
 def refuse_useless(run: Run, clips: Clips) -> None:

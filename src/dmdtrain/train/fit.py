@@ -18,7 +18,7 @@ from dmdtrain.files import is_partial, remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.alarms import BAD_STEPS
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
-from dmdtrain.train.clips import REPORT, Clips, describe_clips, scan
+from dmdtrain.train.clips import REPORT, Clips, describe_clips, scan, with_captions
 from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.saver import TrainingStopped
@@ -60,6 +60,7 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_data(run)
     check_output(config, resume)
     scanned = scan(run, console)
+    run = with_captions(run, scanned)
     for line in describe(run) + describe_clips(run, scanned):
         console.print(line, soft_wrap=True, highlight=False)
     if torch.cuda.is_available():

@@ -189,10 +189,10 @@ class Live:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn(f"[bold]{unit}"),
+                TextColumn(unit, style="bold"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 TimeRemainingColumn(),
                 console=console,
             )

@@ -9,7 +9,7 @@ from rich.console import Console
 from dmdtrain.config import Config
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions
 from dmdtrain.models.encode import SHARD_PROMPTS
-from dmdtrain.train.clips import describe_clips
+from dmdtrain.train.clips import describe_clips, with_captions
 from dmdtrain.train.log import Live
 from dmdtrain.train.prepare_videos import prepare_videos, prune_videos, verify_videos
 from dmdtrain.train.setup import Run, device_of_this_machine, encode_text, resolve, size_text, text_cache
@@ -27,6 +27,7 @@ def prepare(config: Config, *, verify: bool, prune: bool, console: Console) -> N
                 f"verified        {files:,} latent files, {damaged:,} damaged", soft_wrap=True, highlight=False
             )
     clips = prepare_videos(run, console)
+    run = with_captions(run, clips)
     for line in describe_clips(run, clips):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if prune:

@@ -24,7 +24,7 @@ from dmdtrain.models.encode import TextCache
 from dmdtrain.models.offload import stream_blocks
 from dmdtrain.models.quantize import multiply_in_int8
 from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
-from dmdtrain.models.wan import WanFolder, find_folder, load_transformer
+from dmdtrain.models.wan import WAN_TINY, WanFolder, find_folder, load_transformer
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.log import Live
 from dmdtrain.train.optim import trained_dtype
@@ -137,9 +137,15 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     timesteps = resolve_timesteps(config.dmd.denoising_steps, shift if config.dmd.warp_denoising_steps else 1.0)
     column = config.data.prompt_column
     validation_prompts = load_prompts(config.validation.prompts, "validation.prompts", held_out=True, column=column)
-    prompts = Prompts([])
-    if for_training:
-        prompts = read_prompts(config.data.prompts, "data.prompts", held_out=False, column=column)
+    prompts, source = Prompts([]), config.data.prompts
+    if source is None and config.data.videos is None:
+        source = WAN_TINY if config.model.base == WAN_TINY else None
+        if source is None and for_training:
+            raise ConfigError(
+                "data.prompts: not given; valid are a file of prompts, or data.videos, whose captions serve"
+            )
+    if source is not None and for_training:
+        prompts = read_prompts(source, "data.prompts", held_out=False, column=column)
     return Run(
         config=config,
         base=base,

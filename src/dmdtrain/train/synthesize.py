@@ -12,6 +12,7 @@ from dmdtrain.config import Config, ConfigError
 from dmdtrain.data.latents import LatentFolder
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.train import setup
+from dmdtrain.train.clips import scan, with_captions
 from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer, teacher_sigmas
 from dmdtrain.train.validation import write_mp4
@@ -95,6 +96,8 @@ def synthesize(
     if every_state and what != "trajectories":
         raise ConfigError(f"--every-state: {what} have no states; valid is --what trajectories")
     run = setup.resolve(config)
+    if not run.prompts:
+        run = with_captions(run, scan(run, console))
     facts, sigmas = plan_of(run, what, steps, seed, every_state)
     folder = LatentFolder.create(out, facts, "--out")
     count = len(run.prompts) if count is None else count
