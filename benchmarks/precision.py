@@ -3,8 +3,9 @@
     python benchmarks/precision.py --out benchmarks/precision.json
 
 Relative error |flow - flow32| / |flow32| of conditional passes on the teacher's own videos, noised to the timestep, of captions
-that it was not trained on; the mean over videos. Everything but fp32 runs as in training, under bf16 autocast. On a CPU
-bitsandbytes' LLM.int8 dequantizes in training mode only; here, without gradient, its activations are int8 as on a GPU.
+that it was not trained on; the mean over videos. Likewise of the text encoder's embeddings of these captions. Everything but
+fp32 runs as in training, under bf16 autocast. On a CPU bitsandbytes' LLM.int8 dequantizes in training mode only; here, without
+gradient, its activations are int8 as on a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from diffusers.utils import logging
 
 from dmdtrain.config import load
 from dmdtrain.models.causal import AsItIs, CausalView, KVCache
+from dmdtrain.models.encode import TextCache
 from dmdtrain.models.offload import HostTensor
 from dmdtrain.models.quantize import Int8Tensor, multiply_in_int8
 from dmdtrain.models.roles import Roles
@@ -61,6 +63,13 @@ def main() -> None:
         renderer = Renderer(run, setup.build_roles(run, cpu, trained=()), text)
         x0 = renderer.teacher(prompts, 0, run.latent_shape, 20, 3.0)
         context = text.get(prompts)
+        embeddings = {}
+        for precision in ("fp32", "bf16", "int8", "int8-llm", "nf4"):
+            cache = TextCache(run.base, Path(folder) / precision, text.length, precision, cpu)
+            cache.prepare(prompts)
+            embeddings[precision] = cache.get(prompts)
+        embedding_errors = {name: round(relative(e, embeddings["fp32"]), 5) for name, e in embeddings.items()}
+        del embedding_errors["fp32"]
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     base = find_folder("wan-tiny", "model.base")
 
@@ -100,6 +109,7 @@ def main() -> None:
         "torch": torch.__version__,
         "videos": len(prompts),
         "relative_error_of_the_flow": table,
+        "relative_error_of_an_embedding": embedding_errors,
         "relative_error_of_a_block_on_a_kept_cache": {
             k: round(relative(last_block(v), whole), 5) for k, v in caches.items()
         },

@@ -78,6 +78,8 @@ def errors(record: dict[str, Any]) -> str:
     table = record["relative_error_of_the_flow"]
     timesteps = list(next(iter(table.values())))
     lines = [[name, *(f"{100 * errors[t]:.2f} %" for t in timesteps)] for name, errors in table.items()]
+    texts = record["relative_error_of_an_embedding"]
+    lines += [[f"text encoder: {name}", f"{100 * error:.2f} %", "", "", ""] for name, error in texts.items()]
     caches = record["relative_error_of_a_block_on_a_kept_cache"]
     lines += [[f"KV cache: {name} (at 500)", f"{100 * error:.2f} %", "", "", ""] for name, error in caches.items()]
     return rows(["base", *(f"t = {t}" for t in timesteps)], lines)
