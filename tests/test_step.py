@@ -11,6 +11,7 @@ from conftest import tiny_transformer
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmdtrain.config import build
 from dmdtrain.models.roles import AdapterSpec, Roles
@@ -530,3 +531,43 @@ def test_an_update_is_deterministic_and_takes_no_randomness(name):
     torch.manual_seed(7)
     update(distiller, name, draws)
     assert equal(gradients(distiller, name), first)
+
+
+class _Waits(TorchDispatchMode):
+    """What makes a host wait for a device: numbers that Python sees, and results whose size depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().removeprefix("aten::").split(".")[0] in self.NAMES:
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rollout", [{}, {"causal": True, "num_frame_per_block": 1}], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_host_waits_for_nothing_within_an_update(name, rollout):
+    distiller = make({"rollout": rollout})
+    draws = draw(distiller)
+    with _Waits() as waits:
+        getattr(distiller, UPDATES[name])(CONTEXT, draws)
+    assert waits.found == []
+    with _Waits() as waits:
+        float(CONTEXT.sum())
+    assert waits.found == ["aten::_local_scalar_dense"]  # it would be seen
+
+
+def test_a_prompts_keys_and_values_are_computed_once_in_a_rollout():
+    distiller = make({"rollout": {"causal": True, "num_frame_per_block": 1}})
+    student = distiller.roles.roles["student"].module
+    calls: list[bool] = []
+    hook = student.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    try:
+        distiller._roll_out(distiller._student(CONTEXT), draw(distiller))
+    finally:
+        hook.remove()
+    assert calls == [False]  # of three blocks, two passes each and one that writes the cache
