@@ -288,6 +288,26 @@ def test_signals_in_the_warm_up_and_while_its_data_are_made(start, write, run, t
     assert last.startswith(f"dmdtrain: {made}") and "No such file" in last
 
 
+def test_embeddings_that_disappear_are_one_line_and_made_again(start, write, run, tmp_path):
+    words = ["red", "blue", "cat", "dog", "runs", "sleeps", "on", "grass"]
+    (tmp_path / "prompts.txt").write_text("\n".join(" ".join(p) for p in itertools.permutations(words, 4)))
+    file, text = write(**{"checkpoint.every": 1}), run / "cache" / "text"
+    fit = start("fit", file)
+    fit.until(lambda: list_checkpoints(run / "checkpoints"))
+    shards = sorted(text.glob("*.safetensors"))
+    assert len(shards) > 5
+    for shard in shards:
+        shard.unlink()
+    assert fit.code() == 2
+    last = fit.output.splitlines()[-1]
+    assert last.endswith(" has gone; the same command makes it again")
+    assert last.startswith(f"dmdtrain: data.cache_dir: {text}") and Path(last.split()[2]) in shards
+    step = int(newest(run / "checkpoints").name.split("-")[1])
+    again = start("fit", file, "--max-steps", step + 2)
+    assert again.code() == 0 and sorted(text.glob("*.safetensors"))
+    assert newest(run / "checkpoints").name == f"step-{step + 2:06d}"
+
+
 def test_a_signal_while_the_teacher_makes_samples(start, write, tmp_path):
     file, out = write(**{"data.resolution": "64x64"}), tmp_path / "made"
     first = start("synthesize", file, "--out", out, "--what", "videos", "--count", 60, "--steps", 4)

@@ -119,9 +119,11 @@ def test_a_file_that_went_while_it_is_read(folder):
     filled(folder, "bc")
     reader.rows["b"].file.unlink()
     assert torch.equal(reader.read("b"), some_rows("b")["b"])
-    reader.rows["b"].file.unlink()
-    with pytest.raises(KeyError):
+    last = reader.rows["b"].file
+    last.unlink()
+    with pytest.raises(ConfigError) as caught:
         reader.read("b")
+    assert str(caught.value) == f"data.cache_dir: {last} has gone; the same command makes it again"
 
 
 def test_foreign_files_are_left_alone(folder):

@@ -94,16 +94,18 @@ class Shards:
 
     def read(self, name: str) -> torch.Tensor:
         """A row as it was written, on the CPU. KeyError where there is none."""
+        row = self.rows[name]
         for retry in (False, True):
-            row = self.rows[name]
             try:
                 with safe_open(row.file, "pt") as handle:
                     tensor = handle.get_tensor(name).clone()  # else it would hold the whole file's memory map
                 return tensor if row.packed is None else unpack(tensor, *row.packed)
-            except FileNotFoundError as error:  # someone deleted it; what he needs still is in another one
-                if retry:
-                    raise ConfigError(f"{self.key}: {row.file} has gone: {error}") from None
+            except FileNotFoundError:  # someone deleted it; what he needs still is in another one
+                gone = row.file
                 self.refresh()
+                if retry or name not in self.rows:
+                    raise ConfigError(f"{self.key}: {gone} has gone; the same command makes it again") from None
+                row = self.rows[name]
             except (SafetensorError, OSError, ValueError, RuntimeError, zlib.error) as error:
                 raise ConfigError(
                     f"{self.key}: {row.file} is damaged: {str(error).splitlines()[0]}; dmdtrain prepare CONFIG --verify "
