@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dmdtrain.config import ConfigError
+from dmdtrain.config import ConfigError, unwritable
 from dmdtrain.files import FolderLock
 from dmdtrain.packing import Shape, pack, shape_of, unpack
 
@@ -120,7 +120,7 @@ class Shards:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self.key}: {self.path} can not be made: {error.strerror}") from None
+            raise unwritable(self.key, self.path, error, "made") from None
         alone = self._lock.take(alone=True)
         if alone:
             for name in os.listdir(self.path):
@@ -130,7 +130,7 @@ class Shards:
         return alone
 
     def write(self, rows: dict[str, torch.Tensor], aliases: dict[str, str], notes: dict[str, int]) -> Path:
-        """A new file of rows. ConfigError where it can not be written."""
+        """A new file of rows; where it can not be written, the error is that of `unwritable`."""
         packed = {}
         tensors = {name: row.cpu().contiguous() for name, row in rows.items()}
         if self.compress:
@@ -153,7 +153,7 @@ class Shards:
             os.fsync(folder)
             os.close(folder)
         except OSError as error:
-            raise ConfigError(f"{self.key}: {self.path} can not be written: {error.strerror}") from None
+            raise unwritable(self.key, self.path, error) from None
         self.damaged.pop(file, None)
         self._add(file)
         return file
@@ -195,7 +195,7 @@ class Shards:
             Rows deleted and bytes freed.
         """
         if not self._lock.take(alone=True):
-            raise ConfigError(f"{self.key}: {self.path} is in use by another process; prune when it has ended")
+            raise ConfigError(f"{self.key}: {self.path} {self._lock.problem}")
         self.refresh()
         (_, before), count = self.size(), sum(len(names) for names in self._files.values())
         kept = {name: self.rows[name] for name in keep if name in self.rows}
