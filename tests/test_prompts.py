@@ -11,9 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
+from conftest import done, refused
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data import prompt_files
+from dmdtrain.data.buckets import OtherItems
 from dmdtrain.data.prompts import EpochSampler, load_prompts, read_prompts
 
 PROMPTS = [
@@ -283,13 +286,28 @@ def test_a_state_of_64_bit_order_and_without_a_checksum_is_read():
 
 def test_other_items_than_before_are_refused(tmp_path):
     state = EpochSampler(["a", "b", "c"], 0).state_dict()
-    with pytest.raises(ValueError, match="2 items now, 3 when the checkpoint was saved"):
+    with pytest.raises(OtherItems, match="2 items now, 3 when the checkpoint was saved"):
         EpochSampler(["a", "b"], 0).load_state_dict(state)
     for others in (["a", "b", "d"], ["a", "c", "b"]):
-        with pytest.raises(ValueError, match="not the same, or not in the same order"):
+        with pytest.raises(OtherItems, match="not the same, or not in the same order"):
             EpochSampler(others, 0).load_state_dict(state)
     files = EpochSampler([tmp_path / "a", tmp_path / "b"], 0).state_dict()  # files may have moved
     EpochSampler([tmp_path / "new" / "a", tmp_path / "new" / "b"], 0).load_state_dict(files)
+
+
+def test_edited_prompts_are_told_of_and_not_taken_for_a_damaged_checkpoint(settings, tmp_path):
+    settings["validation"]["every"] = 0
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    done("fit", file, "--max-steps", 2)
+    before = prompts.read_text()
+    resumed = ("fit", file, "--max-steps", 4)
+    prompts.write_text(before.replace("a blue dog sleeps", "a blue dog runs"))
+    refused(*resumed, says=["data.prompts: they are not the same", "an exact resume needs the same prompts"])
+    prompts.write_text(before + "a cat\n")
+    refused(*resumed, says=["data.prompts: 5 items now, 4 when", "an exact resume needs the same prompts"])
+    prompts.write_text(before)
+    assert "resumed from" in done(*resumed)
 
 
 def test_the_state_of_many_prompts_is_small():

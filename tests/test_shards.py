@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -119,9 +120,11 @@ def test_a_file_that_went_while_it_is_read(folder):
     filled(folder, "bc")
     reader.rows["b"].file.unlink()
     assert torch.equal(reader.read("b"), some_rows("b")["b"])
-    reader.rows["b"].file.unlink()
-    with pytest.raises(KeyError):
+    last = reader.rows["b"].file
+    last.unlink()
+    with pytest.raises(ConfigError) as caught:
         reader.read("b")
+    assert str(caught.value) == f"data.cache_dir: {last} has gone; the same command makes it again"
 
 
 def test_foreign_files_are_left_alone(folder):
@@ -291,6 +294,35 @@ def test_pruning_waits_for_those_who_use_the_folder(folder):
     holds(opened(folder), "acd")
 
 
+def test_pruning_is_refused_where_nobody_can_know_who_uses_the_folder(folder, monkeypatch):
+    """As on file systems without locks; whoever writes goes on, and leaves what may be another's."""
+    shards = filled(folder, "ab")
+    leftover = folder / f".{'0' * 32}.partial"
+    leftover.write_bytes(b"half")
+    del shards
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dmdtrain.files.fcntl.flock", no_locks)
+        shards = filled(folder, "cd")
+        with pytest.raises(ConfigError) as caught:
+            shards.prune([], 2)
+        assert str(caught.value) == (
+            f"data.cache_dir: {folder} can not be locked (No locks available), so others may be using it; prune where it can"
+        )
+        holds(opened(folder), "abcd")
+        assert leftover.exists()
+    del shards
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    with pytest.raises(ConfigError, match=r"can not be locked \(Is a directory\)"):
+        opened(folder).prune([], 2)
+    (folder / ".lock").rmdir()
+    assert opened(folder).prune("a", 2)[0] == 3
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 
 
@@ -307,6 +339,7 @@ def test_a_full_disk_is_told_and_leaves_no_leftover(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dmdtrain.models.shards.os.fsync", full)
-    with pytest.raises(ConfigError, match=r"data\.cache_dir: .* can not be written: No space left on device"):
+    with pytest.raises(OSError, match="No space left on device") as caught:  # exit code 74: no mistake of a user's
         shards.write(some_rows("c"), {}, {})
+    assert caught.value.filename == str(folder)
     assert not list(folder.glob(".*.partial")) and len(files(folder)) == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +94,7 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
                 "warmup": shipped.warmup,  # theirs has none
                 "ema": shipped.ema,  # theirs does not set the decay
                 "validation": shipped.validation,  # with the library's prompts
-                "data": config.data.model_copy(update={"cache_dir": None}),
+                "data": config.data.model_copy(update={"cache_dir": None, "prompts": shipped.data.prompts}),
             }
         )
         == shipped
@@ -134,9 +137,7 @@ def test_the_result_trains(theirs, tmp_path, with_clips):
         theirs.imported(SHORT, dataset=[BACKENDS[0]])
     else:
         theirs.imported(SHORT)
-        tiny = ("--set", "model.base=wan-tiny")
-        refused("fit", "run.yaml", "--dry-run", *tiny, says="data.prompts: prompts.txt: no such file")
-        (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\n")
+        (tmp_path / "run.prompts.txt").write_text("a red circle\na blue cross\n")
     alone = ("--set", "model.teacher=wan-tiny")
     refused(
         "fit", "run.yaml", "--dry-run", *alone, says=["model.teacher: wan-tiny: ", "set model.base=wan-tiny as well"]
@@ -170,6 +171,28 @@ def test_the_result_trains(theirs, tmp_path, with_clips):
         "text",
         *(["videos"] if with_clips else []),
     }
+
+
+def test_the_bare_quickstart_passes_a_dry_run(tmp_path, monkeypatch):
+    """Its configuration alone, without the files that it names: with its validation prompt to begin with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QUICKSTART))
+    result = run_cli("import-config", "config.json", "-o", "mine.yaml")
+    assert result.exit_code == 1  # the files are refused, and told
+    assert (
+        "to do: mine.prompts.txt holds the validation prompts alone: replace it by your prompts, thousands, varied"
+    ) in result.stdout
+    assert load("mine.yaml").data.prompts == "mine.prompts.txt"
+    assert "replace it by your prompts" in (tmp_path / "mine.yaml").read_text()
+    assert (tmp_path / "mine.prompts.txt").read_text() == f"{QUICKSTART['validation_prompt']}\n"
+    tiny = ("--set", "model.base=wan-tiny", "--set", "model.teacher=wan-tiny")
+    assert "in order" in done("fit", "mine.yaml", "--dry-run", *tiny)
+
+
+def test_without_any_prompt_the_file_is_to_be_made(theirs, tmp_path):
+    none = {"validation_prompt": ..., "validation_prompt_library": ...}
+    _, config = theirs.imported(none)
+    assert config.data.prompts == "prompts.txt" and not (tmp_path / "run.prompts.txt").exists()
 
 
 def test_a_bidirectional_student_has_no_blocks(theirs):
@@ -320,6 +343,21 @@ def test_nothing_is_overwritten(theirs, tmp_path):
     refused("import-config", "config/config.json", "-o", "none/b.yaml", says="none: no such folder")
 
 
+def test_nothing_is_left_where_the_yaml_can_not_be_written(theirs, tmp_path):
+    """The prompts fit, the YAML does not."""
+    theirs.write()
+    before = {file.name for file in tmp_path.iterdir()}
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    command = [sys.executable, "-m", "dmdtrain", "import-config", "config/config.json"]
+    result = subprocess.run(command, cwd=tmp_path, preexec_fn=small_files, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 74
+    assert result.stderr == "dmdtrain: run.yaml can not be read or written: File too large\n"
+    assert {file.name for file in tmp_path.iterdir()} == before
+
+
 BACKENDS = [
     DATASET | {"id": "clips", "type": "local", "instance_data_dir": "clips", "caption_strategy": "textfile"},
     {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
@@ -356,6 +394,17 @@ def test_captions_become_prompts(theirs, clips, tmp_path, changes, wanted):
         row.startswith('dataset clips.instance_data_dir = "clips" -> data.prompts') for row in lists["translated"]
     )
     assert any(row.startswith("dataset text (text_embeds)") for row in lists["has no meaning here"])
+
+
+def test_captions_that_can_not_be_read_are_left_out_and_counted(theirs, clips, tmp_path):
+    for name, caption in {"latin": "un été".encode("latin-1"), "binary": b"a\0b"}.items():
+        (clips / f"{name}.mp4").write_bytes(b"")
+        (clips / f"{name}.txt").write_bytes(caption)
+    (clips / "more" / "dog.txt").write_text("\ufeffa dog")
+    theirs.write(dataset=BACKENDS)
+    said = done("import-config", "config/config.json")
+    assert "to do: 2 caption files can not be read and are left out; the first: clips/binary.txt: it is binary" in said
+    assert (tmp_path / "run.prompts.txt").read_text().splitlines() == ["a red cat", "a cat", "a dog"]
 
 
 @pytest.mark.parametrize(
@@ -443,7 +492,8 @@ def test_the_dataset_says_the_resolution(theirs, clips, changes, wanted):
 def test_a_disabled_dataset_is_left(theirs, clips, tmp_path):
     lists, config = theirs.imported(dataset=[BACKENDS[0] | {"disabled": True}])
     assert "dataset clips: disabled" in lists["has no meaning here"]
-    assert config.data.prompts == "prompts.txt" and not (tmp_path / "run.prompts.txt").exists()
+    assert config.data.prompts == "run.prompts.txt" and config.data.videos is None
+    assert "a red cat" not in (tmp_path / "run.prompts.txt").read_text()
 
 
 def test_datasets_that_are_named_or_lie_elsewhere(theirs, clips, tmp_path, monkeypatch):

@@ -288,6 +288,18 @@ def test_the_text_encoder_is_loaded_once(wan_folder, tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_what_another_is_writing_is_left_alone(tmp_path):
+    facts = {"what": "latents", "latent_shape": list(SHAPE), "timesteps": None}
+    writer = LatentFolder.create(tmp_path / "made", facts, "--out")
+    half = writer.file(0).with_name(f".{writer.file(0).name}.1.partial")
+    half.write_bytes(b"half")
+    LatentFolder.create(tmp_path / "made", facts, "--out")
+    assert half.exists()
+    del writer
+    LatentFolder.create(tmp_path / "made", facts, "--out")
+    assert not half.exists()
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 

@@ -6,6 +6,7 @@ Unknown keys, wrong types and impossible combinations are refused here, each wit
 from __future__ import annotations
 
 import difflib
+import errno
 import math
 import re
 import reprlib
@@ -34,6 +35,16 @@ VAE_TEMPORAL_FACTOR = 4  # of every Wan 2.1 codec; checked against the model's o
 
 class ConfigError(Exception):
     """A mistake of the user's, told in one line."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def unwritable(key: str, path: Path, error: OSError, done: str = "written") -> Exception:
+    """What to raise where `path` can not be written, or made: a mistake in `key`; an error of the disk where there is no room."""
+    if error.errno in NO_ROOM:
+        return OSError(error.errno, error.strerror, str(path))
+    return ConfigError(f"{key}: {path} can not be {done}: {error.strerror}")
 
 
 class Group(BaseModel):

@@ -25,10 +25,13 @@ def sync(path: Path) -> None:
 
 
 class FolderLock:
-    """`.lock` in a folder: held in common by those who use it, alone by one who deletes. A process that ends lets go of it."""
+    """`.lock` in a folder: held in common by those who use it, alone by one who deletes. A process that ends lets go of it.
+
+    problem: why it could not be had alone.
+    """
 
     def __init__(self, folder: Path):
-        self.file = folder / ".lock"
+        self.file, self.problem = folder / ".lock", ""
         self._handle: IO[str] | None = None
 
     @property
@@ -36,29 +39,42 @@ class FolderLock:
         return self._handle is not None
 
     def take(self, *, alone: bool = False) -> bool:
-        """Whether it could be had. In common it waits. True where the file system knows no locks or can not be written."""
+        """Whether it could be had. In common it waits, and is never refused; alone it is refused where others hold it, and where
+        nobody can know: the file system has no locks or can not be written. A folder that is not there is nobody else's."""
         try:
             if self._handle is None:
                 self._handle = self.file.open("a")
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-        except BlockingIOError:
-            return False
-        except OSError:
+        except FileNotFoundError:
             return True
+        except BlockingIOError:
+            self.problem = "is in use by another process; prune when it has ended"
+            return False
+        except OSError as error:
+            self.problem = f"can not be locked ({error.strerror}), so others may be using it; prune where it can"
+            return not alone
         return True
 
 
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
-    """A name beside `file` to write to, synced and renamed afterwards. What fails leaves `file` as it was and nothing else."""
+    """A name beside `file` to write to, synced and renamed afterwards. What fails leaves `file` as it was and nothing else;
+    an error of the disk names `file`."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         yield partial
         sync(partial)
         partial.replace(file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name(error, file, partial)
         raise
+
+
+def _name(error: BaseException, wanted: Path, partial: Path) -> None:
+    """An error of the disk names what was to be written: not what lay beside it, or nothing."""
+    if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(partial))):
+        error.filename = str(wanted)
 
 
 def is_partial(file: Path) -> bool:
@@ -74,15 +90,17 @@ def remove_partial(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder beside `folder`, which must not exist yet; renamed afterwards. What fails leaves nothing."""
+    """A new, empty folder beside `folder`, which must not exist yet; renamed afterwards. What fails leaves
+    nothing; an error of the disk names `folder`."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _name(error, folder, partial)
         raise
 
 

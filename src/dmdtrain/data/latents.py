@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dmdtrain.config import ConfigError
-from dmdtrain.files import FolderLock, save_tensors, write_text
+from dmdtrain.config import ConfigError, unwritable
+from dmdtrain.files import FolderLock, remove_partial, save_tensors, write_text
 from dmdtrain.packing import pack, shape_of, unpack
 
 INFO = "latents.json"
@@ -36,7 +36,7 @@ class LatentFolder:
     """A folder of latents. `facts` hold at least latent_shape [C, T, H, W] and, of trajectories, timesteps [S]."""
 
     def __init__(self, path: Path, facts: dict[str, Any]):
-        self.path, self.facts = path, facts
+        self.path, self.facts, self.lock = path, facts, FolderLock(path)
 
     @classmethod
     def open(cls, path: Path, key: str) -> LatentFolder:
@@ -52,7 +52,7 @@ class LatentFolder:
 
     @classmethod
     def create(cls, path: Path, facts: dict[str, Any], key: str) -> LatentFolder:
-        """A new folder, or the same one again to go on with; ConfigError where it holds something else."""
+        """A new folder, or the same one to go on with, alone or beside others; ConfigError where it holds something else."""
         if (path / INFO).exists():
             found = cls.open(path, key).facts
             other = [name for name in facts if found.get(name) != facts[name]]
@@ -63,15 +63,17 @@ class LatentFolder:
                 )
         elif path.exists() and (not path.is_dir() or any(not f.name.startswith(f".{INFO}.") for f in path.iterdir())):
             raise ConfigError(f"{key}: {path} exists and holds no latents; choose another")
+        folder = cls(path, facts)
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / INFO, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
             (path / "samples").mkdir(exist_ok=True)
-            for leftover in (path / "samples").glob(".*.partial"):
-                leftover.unlink()
+            if folder.lock.take(alone=True):
+                remove_partial(path / "samples")
+            folder.lock.take()
         except OSError as error:
-            raise ConfigError(f"{key}: {path} can not be written: {error.strerror}") from None
-        return cls(path, facts)
+            raise unwritable(key, path, error) from None
+        return folder
 
     def file(self, index: int) -> Path:
         suffix = "mp4" if self.facts["what"] == "videos" else "safetensors"
@@ -114,7 +116,7 @@ class LatentCache:
         return {file.stem for file in self.path.glob("[0-9a-f][0-9a-f]/*.safetensors")}
 
     def write(self, name: str, latents: torch.Tensor) -> None:
-        """Raises ConfigError where there is no room for it."""
+        """Where it can not be written, the error is that of `unwritable`."""
         half, file = latents.half().cpu().contiguous(), self.file(name)
         metadata = {"sha256": _checksum(half)}
         if self.compress:
@@ -125,7 +127,7 @@ class LatentCache:
                 self.lock.take()
             save_tensors(file, {"latents": pack(half) if self.compress else half}, metadata)
         except OSError as error:
-            raise ConfigError(f"data.cache_dir: {file} can not be written: {error.strerror}") from None
+            raise unwritable("data.cache_dir", file, error) from None
 
     def read(self, names: list[str]) -> torch.Tensor:
         """[B, C, T, H, W] in float32. A file that is damaged is removed; ConfigError then says so."""

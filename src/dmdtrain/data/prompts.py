@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from dmdtrain.config import ConfigError
+from dmdtrain.data.buckets import OtherItems
 from dmdtrain.data.prompt_files import clean, read_file
 from dmdtrain.miniature.clips import split_captions
 
@@ -88,11 +89,11 @@ class EpochSampler(Generic[T]):
         return state if self._digest is None else state | {"digest": self._digest}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where the items are others than when the state was saved."""
+        """Raises OtherItems where the items are others than when the state was saved, ValueError where it is no state."""
         if int(state["count"]) != len(self.items):
-            raise ValueError(f"{len(self.items)} items now, {int(state['count'])} when the checkpoint was saved")
+            raise OtherItems(f"{len(self.items)} items now, {int(state['count'])} when the checkpoint was saved")
         if self._digest is not None and "digest" in state and not torch.equal(self._digest, state["digest"]):
-            raise ValueError("they are not the same, or not in the same order, as when the checkpoint was saved")
+            raise OtherItems("they are not the same, or not in the same order, as when the checkpoint was saved")
         order = state["order"]
         wrong = order.dtype not in (torch.int32, torch.int64) or order.ndim != 1
         if wrong or any(not 0 <= i < len(self.items) for i in order.tolist()):

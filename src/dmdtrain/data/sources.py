@@ -14,7 +14,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dmdtrain.config import ConfigError
+from dmdtrain.config import unwritable
 from dmdtrain.data.decode import Header, read_header
 from dmdtrain.files import write_text
 
@@ -60,7 +60,7 @@ class SourceIndex:
         try:
             self._append(json.dumps(asdict(source)) + "\n")
         except OSError as error:
-            raise ConfigError(f"data.cache_dir: {self.file} can not be written: {error.strerror}") from None
+            raise unwritable("data.cache_dir", self.file, error) from None
 
     def _append(self, line: str) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

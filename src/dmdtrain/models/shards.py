@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dmdtrain.config import ConfigError
+from dmdtrain.config import ConfigError, unwritable
 from dmdtrain.files import FolderLock
 from dmdtrain.packing import Shape, pack, shape_of, unpack
 
@@ -94,16 +94,18 @@ class Shards:
 
     def read(self, name: str) -> torch.Tensor:
         """A row as it was written, on the CPU. KeyError where there is none."""
+        row = self.rows[name]
         for retry in (False, True):
-            row = self.rows[name]
             try:
                 with safe_open(row.file, "pt") as handle:
                     tensor = handle.get_tensor(name).clone()  # else it would hold the whole file's memory map
                 return tensor if row.packed is None else unpack(tensor, *row.packed)
-            except FileNotFoundError as error:  # someone deleted it; what he needs still is in another one
-                if retry:
-                    raise ConfigError(f"{self.key}: {row.file} has gone: {error}") from None
+            except FileNotFoundError:  # someone deleted it; what he needs still is in another one
+                gone = row.file
                 self.refresh()
+                if retry or name not in self.rows:
+                    raise ConfigError(f"{self.key}: {gone} has gone; the same command makes it again") from None
+                row = self.rows[name]
             except (SafetensorError, OSError, ValueError, RuntimeError, zlib.error) as error:
                 raise ConfigError(
                     f"{self.key}: {row.file} is damaged: {str(error).splitlines()[0]}; dmdtrain prepare CONFIG --verify "
@@ -118,7 +120,7 @@ class Shards:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self.key}: {self.path} can not be made: {error.strerror}") from None
+            raise unwritable(self.key, self.path, error, "made") from None
         alone = self._lock.take(alone=True)
         if alone:
             for name in os.listdir(self.path):
@@ -128,7 +130,7 @@ class Shards:
         return alone
 
     def write(self, rows: dict[str, torch.Tensor], aliases: dict[str, str], notes: dict[str, int]) -> Path:
-        """A new file of rows. ConfigError where it can not be written."""
+        """A new file of rows; where it can not be written, the error is that of `unwritable`."""
         packed = {}
         tensors = {name: row.cpu().contiguous() for name, row in rows.items()}
         if self.compress:
@@ -151,7 +153,7 @@ class Shards:
             os.fsync(folder)
             os.close(folder)
         except OSError as error:
-            raise ConfigError(f"{self.key}: {self.path} can not be written: {error.strerror}") from None
+            raise unwritable(self.key, self.path, error) from None
         self.damaged.pop(file, None)
         self._add(file)
         return file
@@ -193,7 +195,7 @@ class Shards:
             Rows deleted and bytes freed.
         """
         if not self._lock.take(alone=True):
-            raise ConfigError(f"{self.key}: {self.path} is in use by another process; prune when it has ended")
+            raise ConfigError(f"{self.key}: {self.path} {self._lock.problem}")
         self.refresh()
         (_, before), count = self.size(), sum(len(names) for names in self._files.values())
         kept = {name: self.rows[name] for name in keep if name in self.rows}

@@ -53,8 +53,18 @@ def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
         sets += [] if found is None else [found]
     complete_clips(made, sets)
     _resolution(made, *resolution)
-    if made.captions:
-        made.values["data.prompts"] = str(out.with_suffix(".prompts.txt"))
+    _prompts(made, str(out.with_suffix(".prompts.txt")))
+
+
+def _prompts(made: Translation, file: str) -> None:
+    """data.prompts: the captions; else the validation prompts, to begin with; else nothing yet."""
+    validated = [" ".join(prompt.split()) for prompt in made.values.get("validation.prompts", [])]
+    if made.prompts:
+        made.values["data.prompts"] = file
+    elif any(validated):
+        made.prompts += filter(None, validated)
+        made.add("data.prompts", file, "to begin with, those of validation: replace it by your prompts, one a line")
+        made.to_do.append(f"{file} holds the validation prompts alone: replace it by your prompts, thousands, varied")
     else:
         made.add("data.prompts", "prompts.txt", "to be made: one prompt a line; the student is trained from prompts")
         made.to_do.append("put prompts into prompts.txt, one a line: thousands, varied")
@@ -125,7 +135,14 @@ def _captions(made: Translation, dataset: dict[str, Any], value: Any, source: st
     videos = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
     if strategy == "textfile":
         whole = dataset.get("disable_multiline_split", made.given.get("disable_multiline_split")) is True
-        found = [caption for video in videos for caption in _caption_file(video.with_suffix(".txt"), whole)]
+        found, unread = [], []
+        for video in videos:
+            try:
+                found += _caption_file(video.with_suffix(".txt"), whole)
+            except ValueError as error:
+                unread.append(f"{video.with_suffix('.txt')}: {error}")
+        if unread:
+            made.to_do.append(f"{len(unread)} caption files can not be read and are left out; the first: {unread[0]}")
     elif strategy == "filename":
         found = [" ".join(video.stem.replace("_", " ").split()) for video in videos]
     elif strategy == "instanceprompt":
@@ -137,18 +154,24 @@ def _captions(made: Translation, dataset: dict[str, Any], value: Any, source: st
     if not found:
         made.say(REFUSED, source, f"no captions in {folder} ({len(videos)} videos, caption_strategy {strategy})")
         return
-    made.captions += found
+    made.prompts += found
     made.sources.setdefault("data.prompts", []).append(source)
     made.comments["data.prompts"] = "captions of the videos, one a line"
 
 
 def _caption_file(file: Path, whole: bool) -> list[str]:
+    """The captions of a video, none where it has no file; ValueError with what is wrong with the file."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as text: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if "\0" in text:
+        raise ValueError("it is binary")
+    lines = text.splitlines()
     captions = [" ".join(lines)] if whole else lines
     return [" ".join(caption.split()) for caption in captions if caption.strip()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from dmdtrain.config import (
     known_keys,
     latent_frames,
     nested_get,
+    unwritable,
 )
+from dmdtrain.files import write_text
 from dmdtrain.simpletuner import tables
 from dmdtrain.simpletuner.datasets import translate_datasets
 from dmdtrain.simpletuner.keys import translate_key
@@ -41,7 +42,7 @@ def translate(file: Path, data: Path | None, out: Path, *, causal: bool) -> tupl
 
     Args:
         data: the multidatabackend.json; None: what the configuration names.
-        out: where the YAML will lie; prompts that are gathered from captions will lie beside it.
+        out: where the YAML will lie; prompts will lie beside it.
         causal: whether the student generates block by block, as SimpleTuner's rollout does.
 
     Raises:
@@ -213,16 +214,14 @@ def import_config(file: Path, data: Path | None, out: Path, *, causal: bool) -> 
     except ValueError as error:  # letters that a configuration of ours may not hold
         raise ConfigError(f"{file}: {error}") from None
     assert same, "what is written is what was checked"
-    if made.captions:
-        _write(prompts, "\n".join(dict.fromkeys(caption.strip() for caption in made.captions)) + "\n")
-    _write(out, text)
+    written: list[Path] = []
+    try:
+        for path, content in ((prompts, "".join(f"{prompt}\n" for prompt in dict.fromkeys(made.prompts))), (out, text)):
+            if content:
+                write_text(path, content)
+                written.append(path)
+    except OSError as error:
+        for path in written:
+            path.unlink()
+        raise unwritable("--out", out if prompts in written else prompts, error) from None
     return report(made), not any(which == REFUSED for which, _, _ in made.rows)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)

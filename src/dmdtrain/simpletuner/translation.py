@@ -26,7 +26,7 @@ class Translation:
     sources: dict[str, list[str]] = field(default_factory=dict)  # ours -> what it was, `key = value`
     comments: dict[str, str] = field(default_factory=dict)  # ours -> why it is not simply what it was
     rows: list[tuple[str, str, str]] = field(default_factory=list)  # list, what it was, what is said of it
-    captions: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)  # of the file beside the YAML
     to_do: list[str] = field(default_factory=list)
 
     def put(self, ours: str, value: Any, source: str, comment: str = "") -> None:

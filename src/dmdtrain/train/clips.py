@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, VideoSet
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, VideoSet, unwritable
 from dmdtrain.data.buckets import Size, bucket_size
 from dmdtrain.data.decode import check_length
 from dmdtrain.data.latents import holds_latents
@@ -255,7 +255,7 @@ def write_report(run: Run, found: dict[str, Clips]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except OSError as error:
-        raise ConfigError(f"output_dir: {file} can not be written: {error.strerror}") from None
+        raise unwritable("output_dir", file, error) from None
 
 
 def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:

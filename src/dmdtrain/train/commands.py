@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, load
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, load, unwritable
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import StudentError, stock_scheduler, write_lora, write_pipeline
 from dmdtrain.models.decode import StreamDecoder, decode_latents
@@ -84,7 +84,7 @@ def _make_folder(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{key}: {folder} can not be made: {error.strerror}") from None
+        raise unwritable(key, folder, error, "made") from None
 
 
 def _free_name(folder: Path) -> Path:

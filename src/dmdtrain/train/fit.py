@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError
+from dmdtrain.config import Config, ConfigError, unwritable
 from dmdtrain.files import is_partial, remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.alarms import BAD_STEPS
@@ -128,7 +128,7 @@ def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console:
         for later in checkpoints.set_aside_later(output, checkpoint):
             console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
     except OSError as error:
-        raise ConfigError(f"output_dir: {output} can not be written: {error.strerror}") from None
+        raise unwritable("output_dir", output, error) from None
 
 
 def check_output(config: Config, resume: str) -> None:
@@ -195,7 +195,7 @@ def locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ConfigError(f"output_dir: {output} can not be written: {error.strerror}") from None
+        raise unwritable("output_dir", output, error) from None
     with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

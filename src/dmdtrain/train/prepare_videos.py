@@ -220,11 +220,11 @@ def prune_videos(run: Run, found: dict[str, Clips]) -> tuple[int, int]:
     """Removes latents of other clips than those that were found, and what killed writers left: how many files, and bytes.
 
     Raises:
-        ConfigError: another process uses the cache.
+        ConfigError: another process uses the cache, or nobody can know.
     """
     cache = latent_cache(run)
     if not cache.lock.take(alone=True):
-        raise ConfigError(f"data.cache_dir: {cache.path} is in use by another process; prune when it has ended")
+        raise ConfigError(f"data.cache_dir: {cache.path} {cache.lock.problem}")
     wanted = set(latent_names(run, found.values()).values()) if found else set()
     stale = [cache.file(name) for name in cache.names() - wanted]
     stale += [f for f in cache.leftovers() if time.time() - f.stat().st_mtime > STALE_SECONDS]

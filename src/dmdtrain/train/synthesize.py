@@ -11,6 +11,7 @@ from rich.console import Console
 from dmdtrain.config import Config, ConfigError
 from dmdtrain.data.latents import LatentFolder
 from dmdtrain.data.prompts import EpochSampler
+from dmdtrain.files import write_text
 from dmdtrain.train import setup
 from dmdtrain.train.clips import scan, with_captions
 from dmdtrain.train.log import Live
@@ -74,7 +75,7 @@ def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], 
                 if videos is None:
                     folder.write(index, drawn[index], states[-1, column], states[kept, column] if kept else None)
                 else:  # a clip with its caption beside it; the clip last, since it is what says that both are there
-                    folder.file(index).with_suffix(".txt").write_text(drawn[index] + "\n", encoding="utf-8")
+                    write_text(folder.file(index).with_suffix(".txt"), drawn[index] + "\n")
                     write_mp4(folder.file(index), videos[column], renderer.run.config.validation.fps, min_edge=1)
             live.step(count - len(missing) + rows.stop, "")
 

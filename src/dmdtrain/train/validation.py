@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dmdtrain.files import atomic, write_text
+from dmdtrain.files import atomic, sync, write_text
 from dmdtrain.miniature import clips, scorer
 
 RESULTS = "results.json"
@@ -40,7 +41,7 @@ class Mp4Writer:
 
     def __init__(self, file: Path, fps: int, min_edge: int = 128):
         self.file, self.min_edge = file, min_edge
-        self.partial = file.with_name(f".{file.name}.partial")
+        self.partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
         self.container = av.open(str(self.partial), "w", format="mp4")
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
         self.stream.pix_fmt = "yuv420p"
@@ -62,6 +63,7 @@ class Mp4Writer:
                 self.container.mux(self.stream.encode())
             self.container.close()
             if error is None:
+                sync(self.partial)
                 self.partial.rename(self.file)
         finally:
             self.partial.unlink(missing_ok=True)
