@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -177,3 +179,40 @@ def test_images_of_other_modes(tmp_path, mode):
     image.save(tmp_path / "a.png")
     found = read_clip(tmp_path / "a.png", 1, 32, 48)
     assert found.shape == (3, 1, 32, 48) and found.abs().max() <= 1
+
+
+def test_files_with_flipped_bytes_are_refused_in_one_way(tmp_path):
+    """Whatever is wrong with a file, it is a ValueError with a reason."""
+    draw, wrong = random.Random(0), Counter[str]()
+    turned = Image.Exif()
+    turned[0x0112], turned[0x010E] = 6, "a"  # orientation, description
+    picture = Image.fromarray(scene(0, 32, 48))
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("jpg", "png", "webp", "gif", "mp4", "mkv")}
+    for kind in ("jpg", "png", "webp"):
+        picture.save(files[kind], exif=turned)
+    for kind in ("gif", "mp4", "mkv"):
+        write_clip(
+            files[kind], 3, codec="gif" if kind == "gif" else "libx264", pixels="rgb8" if kind == "gif" else "yuv420p"
+        )
+    broken, reasons = [], []
+    for kind, file in files.items():
+        content = file.read_bytes()
+        for _ in range(60):
+            changed = bytearray(content)
+            for at in draw.sample(range(len(content)), 3):
+                changed[at] = draw.randrange(256)
+            broken.append((kind, changed))
+    content = files["jpg"].read_bytes()
+    for at in range(content.index(b"Exif"), content.index(b"Exif") + 60):
+        for value in (0, 1, 26, 255):
+            broken.append(("jpg", bytearray(content[:at] + bytes([value]) + content[at + 1 :])))
+    for kind, changed in broken:
+        files[kind].write_bytes(changed)
+        try:
+            read_header(files[kind])
+            read_clip(files[kind], 1, 32, 32)
+        except ValueError as error:
+            wrong[kind] += 1
+            reasons.append(str(error))
+    assert all(reason.startswith("it") and reason.isprintable() for reason in reasons)
+    assert sum(wrong.values()) > 50 and wrong["jpg"] > 20

@@ -433,6 +433,25 @@ def test_malformed_inputs_are_left_out_with_a_reason(resolve, good, clips, name,
         prepare_videos(resolve(changes | {"data.on_bad_video": "error"}), QUIET)
 
 
+def test_what_can_not_be_read_for_a_while_is_not_forgotten(resolve, good, clips, tmp_path):
+    """A link into a mount that comes and goes: before clips are looked at, and before one is encoded."""
+    put(good, clips)
+    mount, away = tmp_path / "mount", tmp_path / "away"
+    write_clip(mount / "b.mp4", 7, caption=None)
+    (clips / "b.mp4").symlink_to(mount / "b.mp4")
+    (clips / "b.txt").write_text("a dog")
+    mount.rename(away)
+    run = resolve()
+    assert len(prepare_videos(run, QUIET)["data.videos"].samples) == 1 and len(report(run)) == 1
+    away.rename(mount)
+    scanned = scan(run, QUIET)
+    assert len(scanned["data.videos"].samples) == 2
+    mount.rename(away)
+    assert len(prepare_videos(run, QUIET, scanned)["data.videos"].samples) == 1 and len(report(run)) == 1
+    away.rename(mount)
+    assert len(prepare_videos(run, QUIET)["data.videos"].samples) == 2 and report(run) == []
+
+
 def test_what_is_unusual_and_fine(resolve, good, clips):
     put(good, clips, "new\nline\x1b", "a dog")
     put(good, clips, "long " + "x" * 200, "a cat " * 2000)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +28,14 @@ NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg"
 OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_errors": "replace"}
+# What Pillow's readers raise of broken files, besides its own errors.
+BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, struct.error, zlib.error)
 SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
 HD = 720  # lines from which video that does not say so is BT.709
+
+
+class Unreadable(ValueError):
+    """A file that could not be read this time, whatever is in it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Decodes the first frame and counts the others; ValueError where the clip can not be used, and why."""
+    """Decodes the first frame and counts the others; ValueError where the clip can not be used, and why: `Unreadable` where that
+    may pass."""
     if file.suffix.lower() in IMAGES:
         with _image(file) as image:
             return Header(*image.size, 1, 0.0)
@@ -99,7 +109,7 @@ def read_clip(
         crop: center, random or none, as `data.crop`. place: of a random crop, in [0, 1).
 
     Raises:
-        ValueError: the clip can not be used, and why.
+        ValueError: the clip can not be used, and why; `Unreadable` where that may pass.
     """
     if file.suffix.lower() in IMAGES:
         with _image(file) as image:
@@ -211,12 +221,25 @@ def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
 def _opened(file: Path) -> Iterator[IO[bytes]]:
     try:
         if not file.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file" if file.exists() else "there is no such file")
+            raise Unreadable("it is no file" if file.exists() else "there is no such file")
         handle = file.open("rb")
     except OSError as error:
-        raise ValueError(f"it can not be read: {error.strerror}") from None
+        raise _unreadable(error) from None
     with handle:
         yield handle
+
+
+def _unreadable(error: OSError) -> ValueError:
+    """Pillow's own errors have no number; PyAV's of an empty file is EINVAL."""
+    if error.errno in (None, errno.EINVAL):
+        return _undecodable(error)
+    return Unreadable(f"it can not be read: {error.strerror}")
+
+
+def _undecodable(error: Exception) -> ValueError:
+    return ValueError(
+        f"it can not be decoded: {shown(getattr(error, 'strerror', None) or error or type(error).__name__)}"
+    )
 
 
 @contextmanager
@@ -225,8 +248,12 @@ def _decodable() -> Iterator[None]:
         yield
     except (av.error.ArgumentError, av.error.InvalidDataError):
         raise ValueError(f"it can not be decoded: it is broken, or none of {FORMATS}") from None
-    except (av.FFmpegError, IndexError, OSError) as error:
-        raise ValueError(f"it can not be decoded: {shown(getattr(error, 'strerror', None) or error)}") from None
+    except av.FFmpegError as error:
+        raise _undecodable(error) from None
+    except OSError as error:  # of the handle that FFmpeg reads from
+        raise _unreadable(error) from None
+    except (ArithmeticError, IndexError) as error:
+        raise _undecodable(error) from None
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
@@ -251,5 +278,7 @@ def _image(file: Path) -> Iterator[Image.Image]:
                 yield ImageOps.exif_transpose(image)
         except Image.DecompressionBombError:
             raise ValueError(f"it has more than {LARGEST_FRAME} pixels") from None
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"it can not be decoded: {shown(error)}") from None
+        except OSError as error:
+            raise _unreadable(error) from None
+        except BROKEN as error:
+            raise _undecodable(error) from None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dmdtrain.config import unwritable
-from dmdtrain.data.decode import Header, read_header
+from dmdtrain.data.decode import Header, Unreadable, read_header
 from dmdtrain.files import write_text
 
 
@@ -81,7 +81,8 @@ class SourceIndex:
 
 
 def inspect(file: Path) -> Source:
-    """Opens a file: its content's hash, and its header or what is wrong with it."""
+    """Opens a file: its content's hash, and its header or what is wrong with it. Of one that could not be read this time the
+    size is -1, which is that of no file."""
     path = os.path.abspath(file)
     try:
         now = file.stat()
@@ -95,6 +96,8 @@ def inspect(file: Path) -> Source:
     try:
         header = read_header(file)
         source.header = [header.width, header.height, header.frames, header.seconds]
+    except Unreadable as error:
+        return Source(path, -1, -1, bad=str(error))
     except ValueError as error:
         source.bad = str(error)
     return source

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import BucketSampler, streams_of
-from dmdtrain.data.decode import read_clip
+from dmdtrain.data.decode import Unreadable, read_clip
 from dmdtrain.data.latents import LatentCache
 from dmdtrain.data.sources import SourceIndex, hash_of
 from dmdtrain.data.videos import Dropped, shown
@@ -79,7 +79,8 @@ def latent_names(run: Run, found: Iterable[Clips]) -> dict[Sample, str]:
 
 
 def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None = None) -> dict[str, Clips]:
-    """Encodes what is missing of the latents of a run's clips. A clip that can not be decoded is left out, and remembered.
+    """Encodes what is missing of the latents of a run's clips. A clip that can not be decoded is left out, and remembered;
+    one that can not be read is left out this time.
 
     scanned: what `scan` has found, where that was done already.
     """
@@ -96,27 +97,28 @@ def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None 
     for key, clips in found.items():
         lost = [sample for sample in clips.samples if names[sample] in failed]
         for sample in lost:
-            if source := index.find(sample.file):
-                source.failed[how_read(run)] = failed[names[sample]]
+            error = failed[names[sample]]
+            if not isinstance(error, Unreadable) and (source := index.find(sample.file)):
+                source.failed[how_read(run)] = str(error)
                 index.add(source)
         used = [sample for sample in clips.samples if names[sample] not in failed]
-        dropped = clips.dropped + [Dropped(shown(sample.file), failed[names[sample]]) for sample in lost]
+        dropped = clips.dropped + [Dropped(shown(sample.file), str(failed[names[sample]])) for sample in lost]
         found[key] = Clips(key, clips.sets, used, dropped)
     write_report(run, found)
     for clips in found.values():
         refuse_useless(run, clips)
-    name, reason = next(iter(failed.items()))
+    name, error = next(iter(failed.items()))
     console.print(
-        f"{len(failed):,} clips could not be decoded and are left out, listed in {run.output_dir / REPORT}; "
-        f"the first: {shown(missing[name].file)}: {reason}",
+        f"{len(failed):,} clips could not be read or decoded and are left out, listed in {run.output_dir / REPORT}; "
+        f"the first: {shown(missing[name].file)}: {error}",
         soft_wrap=True,
         markup=False,
     )
     return found
 
 
-def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: Console) -> dict[str, str]:
-    """Writes the latents of named samples; the names of those that could not be decoded, each with the reason.
+def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: Console) -> dict[str, ValueError]:
+    """Writes the latents of named samples; the names of those that could not be read or decoded, each with what was wrong.
 
     Several processes share the work.
     """
@@ -134,7 +136,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
         place = int(sample.sha256[:13], 16) / 16**13
         return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place, data.frame_interval)
 
-    failed: dict[str, str] = {}
+    failed: dict[str, ValueError] = {}
     with (
         codec_of(run, device) as vae,
         ThreadPoolExecutor(AHEAD) as pool,
@@ -148,7 +150,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
                         raise ValueError("its latents are not finite")
                     cache.write(name, latents)
             except ValueError as error:
-                failed[name] = str(error)
+                failed[name] = error
                 if data.on_bad_video == "error":
                     break
             live.step(count, "")
