@@ -173,8 +173,11 @@ def assert_same_to_the_bit(a: Path, b: Path) -> None:
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
 
+SLOW = {"data.resolution": "256x256"}  # half a second a video
+
+
 @pytest.mark.parametrize("number", CODES)
-def test_a_signal_finishes_the_step_saves_and_leaves(start, write, run, tmp_path, number):
+def test_a_signal_finishes_the_micro_batch_saves_and_leaves(start, write, run, tmp_path, number):
     file = write()
     fit = start("fit", file)
     fit.until(lambda: len(steps(run)) >= 3)
@@ -193,24 +196,24 @@ def test_a_signal_finishes_the_step_saves_and_leaves(start, write, run, tmp_path
 
 
 def test_a_notice_and_the_signal_after_it_are_one(start, write, run):
-    fit = start("fit", write(**{"train.gradient_accumulation": 100}))
+    fit = start("fit", write(**SLOW, **{"train.batch_size": 4, "train.gradient_accumulation": 1000}))
     fit.until(lambda: (run / "config.yaml").exists())
     time.sleep(0.3)
     fit.send(signal.SIGUSR1)
-    fit.until_it_says("SIGUSR1: stopping after this step")
+    fit.until_it_says("SIGUSR1: stopping after this micro-batch")
     fit.send(signal.SIGTERM)
     fit.send(signal.SIGUSR1)
     assert fit.code() == 75
-    assert len(steps(run)) >= 1
-    assert newest(run / "checkpoints").name == f"step-{steps(run)[-1]:06d}"
+    assert "stopped in step 1; saved: what is done of step 1" in fit.output
+    assert not steps(run) and newest(run / "checkpoints").name == "step-000000"
 
 
 def test_a_second_signal_leaves_at_once(start, write, run):
-    fit = start("fit", write(**{"train.gradient_accumulation": 10_000}))  # a step of minutes
+    fit = start("fit", write(**SLOW, **{"train.batch_size": 1000}))
     fit.until(lambda: (run / "config.yaml").exists())
     time.sleep(0.3)
     fit.send(signal.SIGTERM)
-    fit.until_it_says("SIGTERM: stopping after this step; a second signal leaves at once")
+    fit.until_it_says("SIGTERM: stopping after this micro-batch; a second signal leaves at once")
     fit.send(signal.SIGTERM)
     assert fit.code(5) == 75
     assert not list_checkpoints(run / "checkpoints") and not half_written(run)

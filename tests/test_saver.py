@@ -218,6 +218,8 @@ def test_within_steps_it_is_remembered(capfd):
             assert interrupt.asked()
         with pytest.raises(interrupt.Interrupted, match="SIGTERM"):
             interrupt.check()
-    assert capfd.readouterr().err == "dmdtrain: SIGUSR1: stopping after this step; a second signal leaves at once\n"
+    assert (
+        capfd.readouterr().err == "dmdtrain: SIGUSR1: stopping after this micro-batch; a second signal leaves at once\n"
+    )
     with interrupt.listening():
         assert not interrupt.asked()  # the next command starts afresh

@@ -461,7 +461,7 @@ def test_bad_steps_that_are_not_in_a_row_do_not_stop_it(make):
     trainer = make(**{"train.max_bad_steps": 2, "train.max_steps": 7})
     bad = (2, 4, 6)
     parameter = trainer.roles.parameters("fake_score")[1]
-    parameter.register_hook(lambda g: g * math.nan if trainer.step in bad else g)
+    parameter.register_hook(lambda g: g * math.nan if trainer.step + 1 in bad else g)
     lines = [trainer.train_step() for _ in range(7)]
     assert [line["bad_steps"] for line in lines] == [0, 1, 1, 2, 2, 3, 3]
 
@@ -506,7 +506,7 @@ def test_a_run_whose_last_step_is_bad_names_a_checkpoint_that_is_there(settings,
 
     def last_is_bad(self: Trainer) -> dict[str, float]:
         parameter = self.roles.parameters("fake_score")[1]
-        handle = parameter.register_hook(lambda g: g * math.nan if self.step == 3 else g)
+        handle = parameter.register_hook(lambda g: g * math.nan if self.step + 1 == 3 else g)
         values = step(self)
         handle.remove()
         return values

@@ -39,10 +39,14 @@ class Batches:
             draws = self.distiller.draw(self.n, self.generator).to(self.distiller.device)
             self._ahead = Batch(prompts, self.text.get(prompts), draws, self._before["draws"])
 
-    def take(self) -> Batch:
+    def ahead(self) -> Batch:
+        """The batch that `take` will return."""
         self.prefetch()
-        batch, self._ahead = self._ahead, None
-        assert batch is not None
+        assert self._ahead is not None
+        return self._ahead
+
+    def take(self) -> Batch:
+        batch, self._ahead = self.ahead(), None
         return batch
 
     def forget(self) -> None:

@@ -4,8 +4,9 @@ A checkpoint is a folder of .safetensors and .json files; nothing in it is unpic
 
     student.safetensors  fake_score.safetensors  ema.safetensors   trained weights alone
     optimizer_student.safetensors/.json  optimizer_fake_score.safetensors/.json
-    random.safetensors   generators and the position in the prompts
-    state.json           stage, step, student updates, counters
+    random.safetensors   generators and the position in the prompts, between two steps
+    underway.safetensors of a run that was stopped within a step: gradients, numbers and videos of what is done of it
+    state.json           stage, step, student updates, counters, alarms, and what is done of the next step
     config.yaml          the resolved configuration
     sampling.json        timesteps, sigmas, guidance convention, base model
     manifest.json        format, step, size and SHA-256 of every file
@@ -40,6 +41,7 @@ QUANTIZED = ("qmap1", "qmap2", "absmax1", "absmax2")  # what bitsandbytes keeps 
 LEFTOVERS = (".step-*.partial", ".step-*.old", ".step-*.removed")  # of a run that was killed while it saved
 Content = tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]  # file stem -> tensors; file name -> text
 CHECKPOINTS, WARMUP = "checkpoints", "warmup"  # their folders in a run's
+UNDERWAY = "underway"  # of the step after: its tensors, and its object in state.json
 
 
 def step_folder(root: Path, step: int) -> Path:

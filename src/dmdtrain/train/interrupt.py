@@ -1,7 +1,7 @@
 """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (batch systems and clouds) ask a command to stop.
 
 The first one raises `Interrupted` wherever the program is, except inside `patiently`: there it is remembered, and the loop
-that finishes its step and saves asks for it. A second SIGINT or SIGTERM leaves at once, which the way files are written
+that finishes its micro-batch and saves asks for it. A second SIGINT or SIGTERM leaves at once, which the way files are written
 allows at any instant. SIGUSR1 is a notice that comes before a SIGTERM: the two together count as one.
 """
 
@@ -52,7 +52,9 @@ def _handle(number: int, _: FrameType | None) -> None:
         if before is None and not _patient:
             raise Interrupted(now)
         if before is None:
-            os.write(2, f"dmdtrain: {now.name}: stopping after this step; a second signal leaves at once\n".encode())
+            os.write(
+                2, f"dmdtrain: {now.name}: stopping after this micro-batch; a second signal leaves at once\n".encode()
+            )
     elif now != signal.SIGUSR1:
         if os.isatty(1):
             os.write(1, SHOW_CURSOR)

@@ -15,6 +15,7 @@ from dmdtrain.train import interrupt
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
 from dmdtrain.train.saver import Saved, Saver, TrainingStopped
+from dmdtrain.train.underway import Paused
 
 Values = dict[str, float]
 
@@ -24,7 +25,9 @@ class Stage(Saved, Protocol):
 
     bad_steps: int
 
-    def train_step(self) -> Values: ...
+    def train_step(self) -> Values:
+        """Raises Paused where a signal has come and part of the step is done."""
+        ...
 
 
 def guarded_step(
@@ -74,7 +77,8 @@ def run_stage(
 ) -> None:
     """Steps until `total`, with logs in `folder`, checkpoints, a progress line and validation.
 
-    A signal is answered between two steps, with a checkpoint of the last one; in validation between two denoising steps.
+    A signal is answered between two micro-batches, with a checkpoint of the last step and what is done of the next; in
+    validation between two denoising steps.
 
     Args:
         shown: label -> name of the value on the progress line.
@@ -94,13 +98,17 @@ def run_stage(
         live.restart_clock()
 
     log = MetricsLog(folder, stage.step, config.log.tensorboard, console)
-    saver = Saver(stage, config.checkpoint, console)
+    saver, paused = Saver(stage, config.checkpoint, console), False
     try:
         with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
             if first is not None:
                 run_validation(first)
             while stage.step < total and not interrupt.asked():
-                values = stage.train_step()
+                try:
+                    values = stage.train_step()
+                except Paused:
+                    paused = True
+                    break
                 last = stage.step == total
                 live.step(stage.step, "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values))
                 if stage.step % config.log.every == 0 or last:
@@ -110,10 +118,10 @@ def run_stage(
                 due = config.validation.every and (stage.step % config.validation.every == 0 or last)
                 if validate and due and not interrupt.asked():
                     run_validation(validate)
-            saver.finish()
+            saver.finish(paused)
             if interrupt.asked():
-                at = f"{unit} {saver.saved_step}" if saver.saved_step else "nothing yet"
-                console.print(f"stopped at {unit} {stage.step}; saved: {at}", soft_wrap=True)
+                at = f"in {unit} {stage.step + 1}" if paused else f"at {unit} {stage.step}"
+                console.print(f"stopped {at}; saved: {saver.saved(unit)}", soft_wrap=True)
         interrupt.check()
     finally:
         saver.close()

@@ -13,7 +13,7 @@ from dmdtrain.train.clips import Clips, held_out
 from dmdtrain.train.prepare_videos import ClipLoader, latent_cache, latent_names
 from dmdtrain.train.setup import Run
 from dmdtrain.train.step import Stats
-from dmdtrain.train.warmup_step import draw_warmup, warmup_backward, warmup_loss
+from dmdtrain.train.warmup_step import WarmupBatch, draw_warmup, warmup_backward, warmup_loss
 
 
 class RealData:
@@ -29,21 +29,23 @@ class RealData:
         self.run, self.clips, self.roles, self.text, self.autocast = run, clips, roles, text, autocast
         self.generator = torch.Generator().manual_seed(run.config.train.seed + 3)
 
-    def backward(self) -> Stats:
-        """Accumulates the student's gradient of an update's clips, scaled by dmd.real_data_loss_weight; the loss is not."""
+    def draw(self) -> WarmupBatch:
+        """An update's clips, on the host."""
         config = self.run.config
-        n, micro = config.samples_per_update, config.train.batch_size
-        captions, clean, _ = self.clips.draw(n)
+        captions, clean, _ = self.clips.draw(config.samples_per_update)
         context = self.text.get(captions)
-        batch = draw_warmup(config, self.run.timesteps, self.run.flow_shift, context, clean, None, self.generator)
-        total = torch.zeros((), device=self.text.device)
-        for start in range(0, n, micro):
-            rows = batch.rows(start, start + micro).to(self.text.device)
-            weight = config.dmd.real_data_loss_weight * micro / n
-            total += warmup_backward(self.roles, config.rollout, rows, weight, self.autocast)["warmup_loss"] * (
-                micro / n
-            )
-        return {"real_data_loss": total}
+        return draw_warmup(config, self.run.timesteps, self.run.flow_shift, context, clean, None, self.generator)
+
+    def backward(self, batch: WarmupBatch, weight: float) -> Stats:
+        """Accumulates the student's gradient of a micro-batch, scaled by dmd.real_data_loss_weight; the loss is not.
+
+        weight: the micro-batch's share of the update.
+        """
+        config, batch = self.run.config, batch.to(self.text.device)
+        weight *= config.dmd.real_data_loss_weight
+        return {
+            "real_data_loss": warmup_backward(self.roles, config.rollout, batch, weight, self.autocast)["warmup_loss"]
+        }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         position = {f"clips.{key}": value for key, value in self.clips.state_dict().items()}

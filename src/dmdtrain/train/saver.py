@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dmdtrain.config import Checkpoint
 from dmdtrain.train import interrupt
-from dmdtrain.train.checkpoint import Content, SaveFailed, write_checkpoint
+from dmdtrain.train.checkpoint import UNDERWAY, Content, SaveFailed, write_checkpoint
 from dmdtrain.train.memory import free_memory, ran_out
 
 MEMORY_SHARE = 0.5  # of the host memory that is free: what a copy for the background may take
@@ -55,12 +55,12 @@ class Saver:
     def __init__(self, stage: Saved, settings: Checkpoint, console: Console):
         self.stage, self.settings, self.console = stage, settings, console
         stage.root.mkdir(parents=True, exist_ok=True)
-        self.saved_step = stage.step
+        self.saved_step, self.saved_part = stage.step, False
         self.failed = 0
         self._due, self._retry_at, self._told = False, 0, False
         self._clock = time.monotonic()
         self._thread: Thread | None = None
-        self._in_flight = 0
+        self._in_flight, self._part = 0, False
         self._error: BaseException | None = None
 
     @property
@@ -90,6 +90,7 @@ class Saver:
         self.wait()
         self._due, self._clock = False, time.monotonic()
         content, self._in_flight = self.stage.content(), self.stage.step
+        self._part = UNDERWAY in content[0]
         if not (self.settings.background and self._fits(content) and self._starts(content)):
             self._write(content, self._in_flight)
             self._settle()
@@ -135,7 +136,8 @@ class Saver:
     def _settle(self) -> None:
         error, self._error = self._error, None
         if error is None:
-            self.failed, self._retry_at, self.saved_step = 0, 0, self._in_flight
+            self.failed, self._retry_at = 0, 0
+            self.saved_step, self.saved_part = self._in_flight, self._part
             return
         if not isinstance(error, SaveFailed):
             raise error
@@ -155,10 +157,19 @@ class Saver:
                 "room or mend the folder, then run the same command again"
             )
 
-    def finish(self) -> None:
-        """Waits, and saves what is not saved yet: with pauses and until it works at the end, in one attempt when interrupted."""
+    def saved(self, unit: str) -> str:
+        """What this process has saved last, or gone on from."""
+        parts = [f"{unit} {self.saved_step}"] if self.saved_step else []
+        parts += [f"what is done of {unit} {self.saved_step + 1}"] if self.saved_part else []
+        return " and ".join(parts) or "nothing yet"
+
+    def finish(self, paused: bool = False) -> None:
+        """Waits, and saves what is not saved yet: with pauses and until it works at the end, in one attempt when interrupted.
+
+        paused: the stage is within a step, of which no checkpoint knows.
+        """
         self.wait()
-        while self.saved_step != self.stage.step and not self.stage.bad_in_a_row:
+        while (paused or self.saved_step != self.stage.step) and not self.stage.bad_in_a_row:
             self.save()
             self.wait()
             if self.saved_step == self.stage.step or interrupt.asked():

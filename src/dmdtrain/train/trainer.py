@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,9 @@ from dmdtrain.train.setup import (
     text_cache,
 )
 from dmdtrain.train.step import Distiller, Stats
+from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup import Warmup
+from dmdtrain.train.warmup_step import WarmupBatch
 
 COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 
@@ -100,40 +101,45 @@ class Trainer:
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
-        self._seconds: dict[str, float] = {}  # of the updates of this step
         self.root = run.output_dir / CHECKPOINTS
         self.alarms = Alarms(self.config.alarms, lambda text: console.print(text, soft_wrap=True, highlight=False))
         self.norms: Stats = {}  # the last gradient norm of each role
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
+        self.underway: Underway | None = None  # the step after `step`, if it is begun
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def _update(self, name: str, batch: Batch, videos: torch.Tensor | None = None) -> tuple[Stats | None, torch.Tensor]:
-        """One update of `student` or `fake_score` over all micro-batches.
-
-        videos: of the batch, for the fake score, where they are there already.
+    def _update(self, underway: Underway, name: str, batch: Batch) -> Stats | None:
+        """What is left of an update of `student` or `fake_score`; the fake score takes over the videos that the student left.
 
         Returns:
-            statistics, or None where the update was not finite and was skipped; the videos [n, C, t, H, W].
+            statistics, or None where the update was not finite and was skipped.
         """
-        started = time.perf_counter()
+        clips = self.real.draw() if name == "student" and self.real is not None else None
+        if name not in underway.finished:
+            with underway.timed(name):
+                underway.finished[name] = self._accumulate_and_step(underway, name, batch, clips)
+        return underway.finished[name]
+
+    def _accumulate_and_step(
+        self, underway: Underway, name: str, batch: Batch, clips: WarmupBatch | None
+    ) -> Stats | None:
         config, parameters = self.config, self.roles.parameters(name)
-        n, micro = config.samples_per_update, config.train.batch_size
-        total: Stats = {}
-        made = []
-        for start in range(0, n, micro):
-            rows = slice(start, start + micro)
-            part = (batch.context[rows], batch.draws.rows(rows.start, rows.stop), micro / n)
-            if name == "student":
-                stats, x0 = self.distiller.student_backward(*part)
-            else:
-                stats, x0 = self.distiller.critic_backward(*part, x0=None if videos is None else videos[rows])
-            made.append(x0)
-            for key, value in stats.items():
-                total[key] = total.get(key, 0) + value * (micro / n)
-        if name == "student" and self.real is not None:
-            with self.distiller.phases("real_data"):
-                total |= self.real.backward()
+        videos = torch.cat(underway.videos) if name == "fake_score" and underway.videos else None
+
+        def backward(rows: slice, share: float) -> Stats:
+            part = (batch.context[rows], batch.draws.rows(rows.start, rows.stop), share)
+            if name == "fake_score":
+                return self.distiller.critic_backward(*part, x0=None if videos is None else videos[rows])[0]
+            stats, x0 = self.distiller.student_backward(*part)
+            if config.fake_score.reuse_rollout:
+                underway.videos.append(x0)
+            if self.real is not None and clips is not None:
+                with self.distiller.phases("real_data"):
+                    stats |= self.real.backward(clips.rows(rows.start, rows.stop), share)
+            return stats
+
+        total = underway.accumulate(name, config.samples_per_update, config.train.batch_size, backward)
         self.batches.prefetch()
         clip, method = (
             (config.optimizer.grad_clip, config.optimizer.grad_clip_method)
@@ -143,12 +149,13 @@ class Trainer:
         losses = [value for key, value in total.items() if key.endswith("loss")]
         with self.distiller.phases("optimizer"):
             norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
-        self.norms[name], self._seconds[name] = norm, time.perf_counter() - started
-        videos = torch.cat(made)
+        self.norms[name] = norm
         if finite:
-            return total | {f"{name}_grad_norm": norm}, videos
+            if name == "student" and self.ema is not None:
+                self.ema.update(self.student_updates + 1)
+            return total | {f"{name}_grad_norm": norm}
         failed = dump_bad_step(
-            *(self.run.output_dir / BAD_STEPS, self.step, name),
+            *(self.run.output_dir / BAD_STEPS, self.step + 1, name),
             generator_state=batch.generator_state,
             prompts=batch.prompts,
             statistics=total,
@@ -156,8 +163,8 @@ class Trainer:
             draws=batch.draws,
         )
         if failed:
-            self.console.print(f"step {self.step}: {BAD_STEPS} can not be written ({failed})", soft_wrap=True)
-        return None, videos
+            self.console.print(f"step {self.step + 1}: {BAD_STEPS} can not be written ({failed})", soft_wrap=True)
+        return None
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -170,38 +177,36 @@ class Trainer:
             min_lr=schedule.min_lr,
         )
 
-    def _student_update(self, batch: Batch, lr: float) -> tuple[Stats | None, torch.Tensor]:
-        for group in self.optimizers["student"].param_groups:
-            group["lr"] = lr
-        stats, videos = self._update("student", batch)
-        # Counted even where it was skipped, so that the schedule keeps its length.
-        self.student_updates += 1
-        if stats is not None and self.ema is not None:
-            self.ema.update(self.student_updates)
-        return stats, videos
-
-    def train_step(self) -> dict[str, float]:
-        """The fake score's update, and at every generator_update_interval-th step the student's.
+    def _updates(self) -> tuple[str, ...]:
+        """Those of the next step: the fake score's, and at every generator_update_interval-th step the student's.
 
         With fake_score.reuse_rollout, at such a step, the student's comes first and leaves its videos to the fake score.
         """
-        self.step += 1
-        lr = self._learning_rate()
-        due = self.step % self.config.dmd.generator_update_interval == 0
-        reused = due and self.config.fake_score.reuse_rollout
-        student: Stats | None = {}
+        if (self.step + 1) % self.config.dmd.generator_update_interval:
+            return ("fake_score",)
+        return ("student", "fake_score") if self.config.fake_score.reuse_rollout else ("fake_score", "student")
+
+    def train_step(self) -> dict[str, float]:
+        """The next step, or what is left of it; Paused where a signal comes within it."""
+        self.underway = underway = self.underway or Underway(self._random())
+        lr, names = self._learning_rate(), self._updates()
+        due, reused = "student" in names, names[0] == "student"
+        batch = self.batches.take()
+        if due:
+            for group in self.optimizers["student"].param_groups:
+                group["lr"] = lr
         if reused:
-            batch = self.batches.take()
             again = batch._replace(draws=self.distiller.redraw_scores(batch.draws, self.batches.generator))
-            student, videos = self._student_update(batch, lr)
-            critic, _ = self._update("fake_score", again, videos)
+            student = self._update(underway, "student", batch)
+            critic = self._update(underway, "fake_score", again)
         else:
-            critic, _ = self._update("fake_score", self.batches.take())
-            if due:
-                student, _ = self._student_update(self.batches.take(), lr)
+            critic = self._update(underway, "fake_score", batch)
+            student = self._update(underway, "student", self.batches.take()) if due else {}
         bad = critic is None or student is None
         values = (critic or {}) | (student or {})
-        seconds, self._seconds = self._seconds, {}
+        seconds, self.underway = underway.seconds, None
+        self.step += 1
+        self.student_updates += due  # even where it was skipped, so that the schedule keeps its length
         count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
         numbers = {key: float(value) for key, value in values.items()}
         numbers |= self.alarms.step(self.step, numbers)
@@ -218,6 +223,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
+    def _random(self) -> Tensors:
+        """Generators and positions in the data, between two steps."""
+        real = {} if self.real is None else self.real.state_dict()
+        return self.batches.state_dict() | {f"real.{key}": value for key, value in real.items()}
+
     def content(self) -> checkpoints.Content:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
@@ -226,11 +236,11 @@ class Trainer:
             checkpoints.save_optimizer(name, optimizer, tensors, texts)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights
-        tensors["random"] = self.batches.state_dict()
-        if self.real is not None:
-            tensors["random"] |= {f"real.{key}": value for key, value in self.real.state_dict().items()}
+        tensors["random"] = self._random() if self.underway is None else self.underway.random
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"stage": "dmd"} | counters | {"alarms": self.alarms.state()}
+        if self.underway is not None:
+            self.underway.add_to(tensors, state, self.roles.named_parameters(self.underway.update))
         texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
@@ -256,6 +266,9 @@ class Trainer:
             )
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
+        names, n = self._updates(), self.config.samples_per_update
+        left = (lambda: batches.ahead().draws.score_noise) if names[0] == "student" else None
+        self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
         self._recall_validation()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from rich.console import Console
@@ -26,6 +25,7 @@ from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, encode_text, sampling_json
 from dmdtrain.train.step import Stats
+from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
 COUNTERS = ("step", "bad_steps", "bad_in_a_row")
@@ -116,6 +116,7 @@ class Warmup:
         self.generator = torch.Generator().manual_seed(run.config.train.seed + 2)
         self.alarms = Alarms(self.config.alarms, lambda text: console.print(f"warm-up: {text}", soft_wrap=True))
         self.step = self.bad_steps = self.bad_in_a_row = 0
+        self.underway: Underway | None = None  # the step after `step`, if it is begun
 
     def prepare(self) -> None:
         """Opens the data, or has the teacher make them."""
@@ -141,11 +142,15 @@ class Warmup:
         return LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
 
     def train_step(self) -> dict[str, float]:
-        self.step += 1
-        started = perf_counter()
+        """The next step, or what is left of it; Paused where a signal comes within it."""
+        self.underway = underway = self.underway or Underway(self._random())
+        with underway.timed(WARMUP):
+            values = self._update(underway)
+        return values | {"seconds": underway.seconds[WARMUP], "memory_gib": peak_memory_gib(self.text.device)}
+
+    def _update(self, underway: Underway) -> dict[str, float]:
         config, parameters = self.config, self.roles.parameters("student")
-        n, micro = config.samples_per_update, config.train.batch_size
-        before = self.generator.get_state()
+        n = config.samples_per_update
         captions, clean, states = self.samples.draw(n)
         batch = draw_warmup(
             config,
@@ -156,13 +161,14 @@ class Warmup:
             states,
             self.generator,
         ).to(self.text.device)
-        total: Stats = {}
-        for start in range(0, n, micro):
-            rows = batch.rows(start, start + micro)
-            stats = warmup_backward(self.roles, config.rollout, rows, micro / n, self.renderer.autocast)
-            total = {key: total.get(key, 0) + value * (micro / n) for key, value in stats.items()}
+
+        def backward(rows: slice, share: float) -> Stats:
+            part = batch.rows(rows.start, rows.stop)
+            return warmup_backward(self.roles, config.rollout, part, share, self.renderer.autocast)
+
+        total = underway.accumulate(WARMUP, n, config.train.batch_size, backward)
         lr = learning_rate(
-            self.step - 1,
+            self.step,
             config.warmup.steps,
             peak=config.warmup.lr,
             name="constant",
@@ -174,10 +180,11 @@ class Warmup:
         norm, finite = guarded_step(
             self.optimizer, parameters, [*total.values()], config.optimizer.grad_clip, config.optimizer.grad_clip_method
         )
+        self.step, self.underway = self.step + 1, None
         if not finite:
             dump_bad_step(
                 *(self.run.output_dir / BAD_STEPS, self.step, WARMUP),
-                generator_state=before,
+                generator_state=underway.random["draws"],
                 prompts=captions,
                 statistics=total,
                 gradient_norms={"student": norm},
@@ -185,21 +192,23 @@ class Warmup:
         count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
         values = {key: float(value) for key, value in (total | {"warmup_grad_norm": norm}).items()} if finite else {}
         values |= self.alarms.step(self.step, values)
-        return values | {
-            "lr_warmup": lr,
-            "bad_steps": self.bad_steps,
-            "seconds": perf_counter() - started,
-            "memory_gib": peak_memory_gib(self.text.device),
-        }
+        return values | {"lr_warmup": lr, "bad_steps": self.bad_steps}
+
+    def _random(self) -> Tensors:
+        """Generator and position in the data, between two steps."""
+        position = {f"files.{key}": value for key, value in self.samples.state_dict().items()}
+        return {"draws": self.generator.get_state()} | position
 
     def content(self) -> checkpoints.Content:
-        tensors = {"student": dict(self.roles.named_parameters("student")), "random": {}}
+        parameters = self.roles.named_parameters("student")
+        tensors: dict[str, Tensors] = {"student": dict(parameters)}  # type: ignore[arg-type]
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
-        tensors["random"] = {"draws": self.generator.get_state()}
-        tensors["random"] |= {f"files.{k}": v for k, v in self.samples.state_dict().items()}
+        tensors["random"] = self._random() if self.underway is None else self.underway.random
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"stage": WARMUP} | counters | {"alarms": self.alarms.state()}
+        if self.underway is not None:
+            self.underway.add_to(tensors, state, parameters)
         texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
@@ -211,6 +220,10 @@ class Warmup:
         checkpoints.load_random(folder, self.generator, "files", self.samples, key, "samples")
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
+        n = self.config.samples_per_update
+        self.underway = load_underway(
+            folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
+        )
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
 
     def fit(self) -> None:
