@@ -1,5 +1,6 @@
 """Kills tiny runs with SIGKILL at random instants, resumes them, and compares what they come to bit for bit with runs that
-were left alone. Half of the kills are aimed at saves.
+were left alone. Half of the kills are aimed at saves; about every fourth is a SIGTERM, which saves what is done
+of a step.
 
     python scripts/torture.py --kills 200
 
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from dmdtrain.miniature.clips import render, split_captions
 from dmdtrain.train import commands, fit, warmup  # noqa: F401 (what every fork needs)
 from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
+from dmdtrain.train.interrupt import BY_MACHINE
 from dmdtrain.train.validation import write_mp4
 
 MACHINE = ("seconds", "memory_gib", "model_tflops", "model_flop_utilisation")  # metrics of how fast it went
@@ -136,6 +138,10 @@ def kill_once(config: Path, output: Path, chance: random.Random, seconds: float)
         end = time.monotonic() + chance.uniform(0, 0.02)
         while time.monotonic() < end:
             pass
+    if chance.random() < 0.25:
+        process.terminate()
+        process.join()
+        return "by SIGTERM" if process.exitcode in (-signal.SIGTERM, BY_MACHINE) else None
     process.kill()
     process.join()
     if process.exitcode != -signal.SIGKILL:
