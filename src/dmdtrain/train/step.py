@@ -21,6 +21,11 @@ from dmdtrain.train.log import Phases
 Stats = dict[str, torch.Tensor]
 
 
+def as_numbers(stats: Stats) -> dict[str, float]:
+    """Scalars for Python; the host waits for the device once."""
+    return dict(zip(stats, torch.stack([*stats.values()]).tolist(), strict=True)) if stats else {}
+
+
 @dataclass(frozen=True)
 class Draws:
     """Everything random in one update of n videos, drawn before it is split into micro-batches: how it is split changes

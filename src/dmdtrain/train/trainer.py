@@ -36,7 +36,7 @@ from dmdtrain.train.setup import (
     sampling_json,
     text_cache,
 )
-from dmdtrain.train.step import Distiller, Stats
+from dmdtrain.train.step import Distiller, Stats, as_numbers
 from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup import Warmup
 from dmdtrain.train.warmup_step import WarmupBatch
@@ -208,7 +208,7 @@ class Trainer:
         self.step += 1
         self.student_updates += due  # even where it was skipped, so that the schedule keeps its length
         count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
-        numbers = {key: float(value) for key, value in values.items()}
+        numbers = as_numbers(values)
         numbers |= self.alarms.step(self.step, numbers)
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {

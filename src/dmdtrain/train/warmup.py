@@ -24,7 +24,7 @@ from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.setup import Run, encode_text, sampling_json
-from dmdtrain.train.step import Stats
+from dmdtrain.train.step import Stats, as_numbers
 from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
@@ -190,7 +190,7 @@ class Warmup:
                 gradient_norms={"student": norm},
             )
         count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
-        values = {key: float(value) for key, value in (total | {"warmup_grad_norm": norm}).items()} if finite else {}
+        values = as_numbers(total | {"warmup_grad_norm": norm}) if finite else {}
         values |= self.alarms.step(self.step, values)
         return values | {"lr_warmup": lr, "bad_steps": self.bad_steps}
 
