@@ -35,6 +35,7 @@ from dmdtrain.train.validation import write_mp4
 
 MACHINE = ("seconds", "memory_gib", "model_tflops", "model_flop_utilisation")  # metrics of how fast it went
 LAST = 4
+SIGTERM = "by SIGTERM"
 BASE: dict[str, dict[str, object]] = {
     "model": {"base": "wan-tiny", "precision": "fp32", "text_encoder_precision": "fp32"},
     "student": {"rank": 4, "alpha": 4},
@@ -141,7 +142,7 @@ def kill_once(config: Path, output: Path, chance: random.Random, seconds: float)
     if chance.random() < 0.25:
         process.terminate()
         process.join()
-        return "by SIGTERM" if process.exitcode in (-signal.SIGTERM, BY_MACHINE) else None
+        return SIGTERM if process.exitcode in (-signal.SIGTERM, BY_MACHINE) else None
     process.kill()
     process.join()
     if process.exitcode != -signal.SIGKILL:
@@ -182,13 +183,13 @@ def differences(a: dict[str, object], b: dict[str, object]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200, help="with SIGKILL; SIGTERMs are not counted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder to keep; default: a temporary one")
     arguments = parser.parse_args()
     root = arguments.out or Path(tempfile.mkdtemp(prefix="torture-"))
     root.mkdir(parents=True, exist_ok=True)
-    chance, hits, runs, started = random.Random(arguments.seed), Counter[str](), 0, time.monotonic()
+    chance, hits, terms, runs, started = random.Random(arguments.seed), Counter[str](), 0, 0, time.monotonic()
     wanted, seconds, configs = {}, {}, {}
     for kind in KINDS:
         configs[kind] = write_config(root, kind)
@@ -211,17 +212,23 @@ def main() -> None:
         output = root / f"{kind}-{runs}"
         shutil.copytree(root / f"{kind}-first" / "cache" / "text", output / "cache" / "text")
         for _ in range(chance.randint(1, 4)):
-            if hits.total() < arguments.kills and (hit := kill_once(configs[kind], output, chance, seconds[kind])):
-                hits[f"{kind}: {hit}"] += 1
+            if hits.total() == arguments.kills:
+                break
+            hit = kill_once(configs[kind], output, chance, seconds[kind])
+            terms += hit == SIGTERM
+            hits[f"{kind}: {hit}"] += hit not in (None, SIGTERM)
         finish(configs[kind], output)
         if different := differences(wanted[kind], outcome(output)):
             sys.exit(f"{output} differs from a run without a kill: {different[:5]} (--seed {arguments.seed})")
         runs += 1
         shutil.rmtree(output)
-        print(f"{hits.total()} kills in {runs} runs, all equal", flush=True)
-    for where, count in sorted(hits.items()):
+        print(f"{hits.total()} kills and {terms} SIGTERMs in {runs} runs, all equal", flush=True)
+    for where, count in sorted((+hits).items()):
         print(f"{count:5} {where}")
-    print(f"{hits.total()} kills in {runs} runs in {time.monotonic() - started:.0f} s: every run came to the same bits")
+    seconds_in_all = time.monotonic() - started
+    print(
+        f"{hits.total()} kills and {terms} SIGTERMs in {runs} runs in {seconds_in_all:.0f} s: all came to the same bits"
+    )
     if arguments.out is None:
         shutil.rmtree(root)
 
