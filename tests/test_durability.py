@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -34,24 +35,24 @@ FORKS.set_forkserver_preload(["dmdtrain.train.fit", "dmdtrain.train.commands", "
 UNLIMITED = resource.RLIM_INFINITY
 
 
-def command(args: list[str], out: Connection, file_limit: int) -> None:
+def command(args: list[str], out: Connection, file_limit: int, terminal: str | None) -> None:
     """In a process of its own, forked from one that has imported everything: what the shell would call."""
     from dmdtrain.cli import main
 
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, UNLIMITED))
-    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno() if terminal is None else os.open(terminal, os.O_WRONLY), 1)
     os.dup2(out.fileno(), 2)
     sys.argv = ["dmdtrain", *args]
     main()
 
 
 class Command:
-    """A running command and its output so far."""
+    """A running command and its output so far. terminal: what its standard output is, instead."""
 
-    def __init__(self, args: tuple[object, ...], file_limit: int = UNLIMITED):
+    def __init__(self, args: tuple[object, ...], file_limit: int = UNLIMITED, terminal: str | None = None):
         reader, writer = FORKS.Pipe(duplex=False)
-        self.process = FORKS.Process(target=command, args=([str(a) for a in args], writer, file_limit))
+        self.process = FORKS.Process(target=command, args=([str(a) for a in args], writer, file_limit, terminal))
         self.process.start()
         writer.close()
         self._parts: list[bytes] = []
@@ -94,8 +95,8 @@ class Command:
 def start() -> Iterator[Callable[..., Command]]:
     started: list[Command] = []
 
-    def launch(*args: object, file_limit: int = UNLIMITED) -> Command:
-        started.append(Command(args, file_limit))
+    def launch(*args: object, **options: Any) -> Command:
+        started.append(Command(args, **options))
         return started[-1]
 
     yield launch
@@ -174,6 +175,13 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
 
 SLOW = {"data.resolution": "256x256"}  # half a second a video
+
+
+def test_a_terminal_that_takes_nothing_stops_nothing(start, write, tmp_path):
+    """Output to a full disk: every line is lost."""
+    running = start("fit", write(**{"train.max_steps": 2}), terminal="/dev/full")
+    assert running.code() == 0, running.output
+    assert (tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -612,4 +620,4 @@ def test_random_kills_come_to_the_same_bits(tmp_path):
     args = [sys.executable, script, "--kills", "15", "--seed", str(os.getpid()), "--out", tmp_path / "torture"]
     done = subprocess.run(args, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 kills in" in done.stdout and "every run came to the same bits" in done.stdout
+    assert "15 kills and" in done.stdout and "all came to the same bits" in done.stdout

@@ -119,7 +119,7 @@ class Alarms:
 
     def state(self) -> dict[str, Any]:
         return {
-            "running": {name: vars(value) for name, value in self.running.items()},
+            "running": {name: vars(self.running[name]) for name in sorted(self.running)},
             "counts": self.counts,
             "active": self.active,
         }
