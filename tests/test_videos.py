@@ -661,4 +661,4 @@ def test_mistakes_are_told_before_a_model_is_loaded(settings, good, clips, tmp_p
     refused(
         *fit, says=["data.videos: ", "good.mp4: it has 6 frames; 9 are needed; mend it, or set data.on_bad_video: skip"]
     )
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"cache", "data_report.jsonl"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "cache", "data_report.jsonl"}
