@@ -614,6 +614,21 @@ def test_the_owner_of_a_folder_is_named(start, write, run):
     assert start("fit", write(), "--max-steps", 2).code() == 0  # a dead one is no obstacle
 
 
+def test_a_second_process_leaves_the_report_of_clips_alone(start, write, run, tmp_path):
+    for name, count in (("good", 9), ("short", 2)):
+        write_clip(tmp_path / "clips" / f"{name}.mp4", count)
+    file = write(**{"data.videos": str(tmp_path / "clips"), "dmd.real_data_loss_weight": 0.5})
+    fit = start("fit", file)
+    fit.until(lambda: len(steps(run)) >= 1)
+    report = (run / "data_report.jsonl").read_bytes()
+    assert len(report.splitlines()) == 1
+    write_clip(tmp_path / "clips" / "later.mp4", 3)
+    for more in ((), ("--dry-run",)):
+        second = start("fit", file, *more)
+        assert second.code() == 2 and "is in use by another process" in second.output
+    assert (run / "data_report.jsonl").read_bytes() == report
+
+
 def test_random_kills_come_to_the_same_bits(tmp_path):
     """`make torture` does it for longer."""
     script = Path(__file__).parents[1] / "scripts" / "torture.py"

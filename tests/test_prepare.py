@@ -173,8 +173,10 @@ def test_mistakes(make, tmp_path):
     refused("prepare", tmp_path / "none.yaml", says="none.yaml: no such file")
     refused("prepare", make({"data.prompts": "/no/where.csv"}), says="data.prompts: /no/where.csv: no such file")
     (tmp_path / "file").write_text("")
-    for key, folder in (("data.cache_dir", tmp_path / "file"), ("output_dir", tmp_path / "file" / "run")):
-        refused("prepare", make({key: str(folder)}), says=["data.cache_dir: ", "can not be made: Not a directory"])
+    cache = str(tmp_path / "file")
+    refused("prepare", make({"data.cache_dir": cache}), says=["data.cache_dir: ", "can not be made: Not a directory"])
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused("prepare", make({"output_dir": str(place)}), says=["output_dir: ", f"{cache} is not a folder"])
     (tmp_path / "p.csv").write_text("a,b\nx,y\n")
     file = make({"data.prompts": str(tmp_path / "p.csv")})
     refused("prepare", file, says="It has a, b; name it in data.prompt_column")
@@ -182,6 +184,29 @@ def test_mistakes(make, tmp_path):
     assert "validation prompts" in run_cli("fit", file, "--dry-run", "--set", "data.prompt_column=a").output.replace(
         "for validation", "validation prompts"
     )
+
+
+def test_only_a_folder_that_a_run_could_have_is_prepared(make, tmp_path):
+    """Clips that can not be used are listed in output_dir."""
+    write_clip(tmp_path / "clips" / "short.mp4", 2)
+    write_clip(tmp_path / "clips" / "good.mp4", 9)
+    clips = {"data.videos": str(tmp_path / "clips"), "dmd.real_data_loss_weight": 0.5}
+    clips |= {"data.cache_dir": str(tmp_path / "shared")}
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("data_report.jsonl", "mine.txt"):
+        (foreign / name).write_text("mine")
+    refused(
+        "prepare", make(clips | {"output_dir": str(foreign)}), says=f"output_dir: {foreign} is not empty and holds no"
+    )
+    assert {f.name: f.read_text() for f in foreign.iterdir()} == {"data_report.jsonl": "mine", "mine.txt": "mine"}
+    (tmp_path / "file").write_text("mine")
+    refused("prepare", make(clips | {"output_dir": str(tmp_path / "file")}), says=["output_dir: ", "is not a folder"])
+    assert not (tmp_path / "shared").exists()
+    assert "1 left out, listed in" in done("prepare", make(clips))
+    done("fit", make(clips), "--set", "validation.every=0", "--max-steps", 2)
+    other = ("--set", "optimizer.lr=0.5")
+    refused("prepare", make(clips), *other, says="belongs to another run: optimizer.lr")
 
 
 def test_the_column_holds_for_every_table_of_prompts(make, tmp_path):

@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -17,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from clip_files import LOSSLESS, write_clip
+from clip_files import LOSSLESS, scene, write_clip
 from conftest import refused
 from PIL import Image
 from rich.console import Console
 
 from dmdtrain.config import ConfigError, VideoSet, build
 from dmdtrain.data.buckets import BucketSampler, Stream, bucket_size, streams_of
+from dmdtrain.data.decode import read_clip, read_header
 from dmdtrain.data.videos import list_clips
 from dmdtrain.train import clips as run_clips
 from dmdtrain.train import setup
@@ -95,20 +99,6 @@ def test_captions_beside_clips_at_any_depth(good, clips, tmp_path):
     found, dropped = listed(clips)
     assert found == {"b.mp4": "a dog sleeps", "a.mp4": "a cat", "été🎬.mp4": "雪の中の狐", "linked.mp4": "a link"}
     assert dropped == {str(clips / "none.mp4"): "it has no caption (none.txt)"}
-
-
-def test_folders_that_can_not_be_read_are_told(good, clips, monkeypatch):
-    put(good, clips / "a")
-    put(good, clips / "b")
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.fspath(path).endswith("/b"):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert listed(clips)[1] == {str(clips / "b"): "the folder can not be read: Permission denied"}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -371,23 +361,6 @@ def odd_caption(make: Callable[[Path], object]) -> Callable:
     return place
 
 
-def refusing(name: str, method: str) -> Callable:
-    """A file that this user may not read."""
-
-    def place(good: Path, clips: Path, monkeypatch) -> None:
-        put(good, clips, "bad", "a dog")
-        before = getattr(Path, method)
-
-        def refuse(file: Path, *args, **options):
-            if file.name == name:
-                raise PermissionError(13, "Permission denied")
-            return before(file, *args, **options)
-
-        monkeypatch.setattr(Path, method, refuse)
-
-    return place
-
-
 def write_nan_rate(good: Path, clips: Path, monkeypatch) -> None:
     nan_rate(clips / "bad.avi")
     (clips / "bad.txt").write_text("a dog")
@@ -400,8 +373,6 @@ MALFORMED = (
     | {f"line {number}": (bad_line(line), reason) for number, (line, reason) in enumerate(LINES.items())}
     | {
         "no frame rate": (write_nan_rate, "it lasts 0."),
-        "not to be read": (refusing("bad.mp4", "open"), "it can not be read: Permission denied"),
-        "caption not to be read": (refusing("bad.txt", "read_text"), "its caption can not be read: Permission denied"),
         "a folder as caption": (odd_caption(Path.mkdir), "it has no caption (bad.txt)"),
         "a pipe as caption": (odd_caption(os.mkfifo), "it has no caption (bad.txt)"),
         "a loop as caption": (odd_caption(lambda f: f.symlink_to(f.name)), "it has no caption (bad.txt)"),
@@ -450,6 +421,117 @@ def test_what_can_not_be_read_for_a_while_is_not_forgotten(resolve, good, clips,
     assert len(prepare_videos(run, QUIET, scanned)["data.videos"].samples) == 1 and len(report(run)) == 1
     away.rename(mount)
     assert len(prepare_videos(run, QUIET)["data.videos"].samples) == 2 and report(run) == []
+
+
+WITHOUT_RIGHTS = """
+import os, sys
+from pathlib import Path
+from rich.console import Console
+from dmdtrain.config import load
+from dmdtrain.data.decode import read_header
+from dmdtrain.train import setup
+from dmdtrain.train.clips import scan
+from dmdtrain.train.prepare_videos import load_vae, prepare_videos
+
+place = Path(sys.argv[1])
+run = setup.resolve(load(place / "run.yaml"))
+load_vae(run.base)  # what is imported late is imported now
+read_header(place / "clips" / "c.mp4")
+Console(quiet=True).print(":")
+if os.getuid() == 0:  # whom no mode keeps from a file
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+def used(scanned=None):
+    found = prepare_videos(run, Console(quiet=True), scanned)["data.videos"]
+    dropped = {os.path.relpath(item.where, place / "clips"): item.reason for item in found.dropped}
+    return sorted(sample.file.stem for sample in found.samples), dropped
+
+for name in ("a.mp4", "b.txt", "folder"):
+    (place / "clips" / name).chmod(0)
+denied = "can not be read: Permission denied"
+found, dropped = used()
+assert found == ["c", "d"], found
+assert dropped == {"a.mp4": f"it {denied}", "b.mp4": f"its caption {denied}", "folder": f"the folder {denied}"}, dropped
+
+(place / "clips" / "a.mp4").chmod(0o644)
+scanned = scan(run, Console(quiet=True))
+assert len(scanned["data.videos"].samples) == 3
+(place / "clips" / "a.mp4").chmod(0)  # between the look at it and its turn to be encoded
+found, dropped = used(scanned)
+assert found == ["c", "d"] and dropped["a.mp4"] == f"it {denied}", (found, dropped)
+
+for name, mode in {"a.mp4": 0o644, "b.txt": 0o644, "folder": 0o755}.items():
+    (place / "clips" / name).chmod(mode)
+assert used() == (["a", "b", "c", "d", "e"], {})
+"""
+
+
+def test_what_a_user_may_not_read_is_told_and_taken_as_soon_as_he_may(settings, wan_folder):
+    """Real modes of real files, for a process without the rights of root."""
+    with tempfile.TemporaryDirectory() as made:  # pytest's folders are closed to others
+        place = Path(made)
+        shutil.copytree(wan_folder, place / "wan")
+        for number, name in enumerate(("a", "b", "c", "d", "folder/e")):
+            write_clip(place / "clips" / f"{name}.mp4", 6 + number)
+        (place / "prompts.txt").write_text("a cat\n")
+        data = settings["data"] | {"prompts": str(place / "prompts.txt"), "videos": str(place / "clips")}
+        values = settings | {"dmd": {"real_data_loss_weight": 0.5}, "rollout": {"num_training_frames": 2}, "data": data}
+        values |= {"model": settings["model"] | {"base": str(place / "wan")}, "output_dir": str(place / "run")}
+        (place / "run.yaml").write_text(yaml.safe_dump(values))
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            if os.getuid() == 0:
+                os.chown(path, 65534, 65534)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HOME": made}
+        command = [sys.executable, "-c", WITHOUT_RIGHTS, made]
+        result = subprocess.run(command, env=environment, cwd=made, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+
+
+def with_sound(file: Path, garbled: bool) -> Path:
+    """A clip of 6 frames with half a second of a tone; garbled: every packet of the sound is noise instead."""
+    draws = np.random.default_rng(0)
+    with av.open(str(file), "w") as container:
+        picture = container.add_stream("libx264", rate=16)
+        picture.height, picture.width, picture.pix_fmt = 32, 48, "yuv420p"
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        for number in range(6):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(scene(number, 32, 48), format="rgb24")))
+        container.mux(picture.encode())
+        for number in range(8):
+            tone = np.sin((np.arange(1024) + 1024 * number) / 6).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(tone, "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * number
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    if garbled:
+        with av.open(str(file)) as container:
+            packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+        data = file.read_bytes()
+        for packet in packets:
+            assert data.count(packet) == 1
+            data = data.replace(packet, draws.bytes(len(packet)))
+        file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_broken_sound_does_not_matter(resolve, clips, tmp_path, suffix):
+    """Nor does sound at all: the frames are those of the clip without."""
+    file = with_sound(clips / f"a.{suffix}", garbled=True)
+    (clips / "a.txt").write_text("a red cat runs")
+    with av.open(str(file)) as container, pytest.raises(av.FFmpegError):
+        for _ in container.decode(audio=0):
+            pass
+    (sample,) = prepare_videos(resolve(), QUIET)["data.videos"].samples
+    assert sample.file == file and report(resolve()) == []
+    whole = with_sound(tmp_path / f"whole.{suffix}", garbled=False)
+    silent = write_clip(tmp_path / f"silent.{suffix}", 6, caption=None)
+    assert read_header(file) == read_header(whole)
+    assert read_header(file).frames == read_header(silent).frames == 6
+    assert torch.equal(read_clip(file, 5, 32, 48), read_clip(whole, 5, 32, 48))
 
 
 def test_what_is_unusual_and_fine(resolve, good, clips):
@@ -661,4 +743,4 @@ def test_mistakes_are_told_before_a_model_is_loaded(settings, good, clips, tmp_p
     refused(
         *fit, says=["data.videos: ", "good.mp4: it has 6 frames; 9 are needed; mend it, or set data.on_bad_video: skip"]
     )
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"cache", "data_report.jsonl"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {".lock", "cache", "data_report.jsonl"}

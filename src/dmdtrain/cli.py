@@ -153,7 +153,7 @@ def prepare(
         bool, typer.Option("--prune", help="Delete from the cache what this configuration does not need.")
     ] = False,
 ) -> None:
-    """Encode ahead what a run needs: the text of its prompts. The same command goes on where it stopped."""
+    """Encode ahead what a run needs: its prompts' text, its clips' latents. The same command goes on where it stopped."""
     with _one_line_errors():
         from dmdtrain.config import load
 

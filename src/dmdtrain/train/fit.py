@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from dmdtrain.files import is_partial, remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.alarms import BAD_STEPS
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
-from dmdtrain.train.clips import REPORT, Clips, describe_clips, scan, with_captions
+from dmdtrain.train.clips import REPORT, Clips, clip_sets, describe_clips, scan, with_captions
 from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.saver import TrainingStopped
@@ -59,18 +59,18 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_score_ranges(config, run.timesteps)
     check_data(run)
     check_output(config, resume)
-    scanned = scan(run, console)
-    run = with_captions(run, scanned)
-    for line in describe(run) + describe_clips(run, scanned):
-        console.print(line, soft_wrap=True, highlight=False)
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        for line in memory_lines(run, free):
+    with locked(run.output_dir) if clip_sets(run) or not dry_run else nullcontext():  # a scan writes its report
+        scanned = scan(run, console)
+        run = with_captions(run, scanned)
+        for line in describe(run) + describe_clips(run, scanned):
             console.print(line, soft_wrap=True, highlight=False)
-    if dry_run:
-        console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
-        return
-    with locked(run.output_dir):
+        if torch.cuda.is_available():
+            free, _ = torch.cuda.mem_get_info()
+            for line in memory_lines(run, free):
+                console.print(line, soft_wrap=True, highlight=False)
+        if dry_run:
+            console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
+            return
         _fit(run, resume, console, scanned)
 
 

@@ -10,6 +10,7 @@ from dmdtrain.config import Config
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions
 from dmdtrain.models.encode import SHARD_PROMPTS
 from dmdtrain.train.clips import describe_clips, with_captions
+from dmdtrain.train.fit import check_output
 from dmdtrain.train.log import Live
 from dmdtrain.train.prepare_videos import prepare_videos, prune_videos, verify_videos
 from dmdtrain.train.setup import Run, device_of_this_machine, encode_text, resolve, size_text, text_cache
@@ -20,6 +21,7 @@ def prepare(config: Config, *, verify: bool, prune: bool, console: Console) -> N
     """Every stage in turn; each adds what is missing."""
     run = resolve(config)
     check_data(run)
+    check_output(config, "auto")
     if verify:
         files, damaged = verify_videos(run, console)
         if files:
