@@ -14,6 +14,7 @@ from dmdtrain.config import Config
 from dmdtrain.train import interrupt
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
+from dmdtrain.train.reports import Reports
 from dmdtrain.train.saver import Saved, Saver, TrainingStopped
 
 Values = dict[str, float]
@@ -71,6 +72,7 @@ def run_stage(
     unit: str = "step",
     validate: Callable[[MetricsLog], None] | None = None,
     first: Callable[[MetricsLog], None] | None = None,
+    reports: Reports | None = None,
 ) -> None:
     """Steps until `total`, with logs in `folder`, checkpoints, a progress line and validation.
 
@@ -93,8 +95,11 @@ def run_stage(
             )
         live.restart_clock()
 
-    log = MetricsLog(folder, stage.step, config.log.tensorboard, console)
+    reports = reports or Reports()
+    log = MetricsLog(folder, stage.step, config.log.tensorboard, console, reports)
     saver = Saver(stage, config.checkpoint, console)
+    reports.enter(stage.step, unit)
+    reports.event("started", f"{unit} {stage.step} of {total}")
     try:
         with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
             if first is not None:
@@ -107,10 +112,12 @@ def run_stage(
                     log.write(stage.step, values)
                 if saver.after_step(last):
                     live.restart_clock()
+                reports.saved(stage.root, saver.saved_step)
                 due = config.validation.every and (stage.step % config.validation.every == 0 or last)
                 if validate and due and not interrupt.asked():
                     run_validation(validate)
             saver.finish()
+            reports.saved(stage.root, saver.saved_step)
             if interrupt.asked():
                 at = f"{unit} {saver.saved_step}" if saver.saved_step else "nothing yet"
                 console.print(f"stopped at {unit} {stage.step}; saved: {at}", soft_wrap=True)
