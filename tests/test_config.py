@@ -167,12 +167,17 @@ CHANGED = {
     "validation.tiled_decoding": True,
     "log.every": 10,
     "log.tensorboard": False,
+    "log.wandb": "distilled",
+    "log.webhook": "https://example.org/hook?key=secret",
     "alarms.window": 20,
     "alarms.x0_drift": 4.5,
     "alarms.gradient_jump": 0.0,
     "alarms.critic_divergence": 2.5,
     "alarms.diversity": 0.0,
     "alarms.saturation": 0.75,
+    "hub.model_id": "me/wan-3step",
+    "hub.private": False,
+    "hub.push_checkpoints": True,
     "output_dir": "null",
 }
 
@@ -203,6 +208,8 @@ NEEDS: dict[str, dict] = {
     "model.quantized_cache": {"model.precision": "nf4"},
     "model.int8_matmul": {"model.precision": "int8"},
     "train.checkpoint_replay": {"rollout.causal": True},
+    "hub.private": {"hub.model_id": "me/wan-3step"},
+    "hub.push_checkpoints": {"hub.model_id": "me/wan-3step"},
 }
 
 # What may change when a run goes on, spelled out key by key.
@@ -227,7 +234,10 @@ MAY_CHANGE = {
     "output_dir",
     "log.every",
     "log.tensorboard",
+    "log.wandb",
+    "log.webhook",
     *(key for key in CHANGED if key.startswith(("checkpoint.", "alarms.", "validation."))),
+    *(key for key in CHANGED | APART if key.startswith("hub.")),
 }
 
 
@@ -452,6 +462,16 @@ def test_unknown_keys_that_resemble_nothing(refusal):
         ("dmd.min_score_timestep", 1000, "1000: it must be below 1000"),
         ("dmd.timestep_shift", 0, "0: it must be above 0"),
         ("dmd.real_score_guidance_scale", -1, "-1: it must be at least 0"),
+        # reports
+        ("hub.model_id", "wan-3step", "'wan-3step': it must be NAME/REPO"),
+        ("hub.model_id", "a/b/c", "'a/b/c': it must be NAME/REPO"),
+        ("hub.private", False, "false needs hub.model_id; valid without it is true"),
+        ("hub.push_checkpoints", True, "true needs hub.model_id; valid without it is false"),
+        ("log.wandb", "", "'': it must not be empty"),
+        ("log.webhook", "ftp://user:secret@host/", "no address of the web; valid are http://HOST/"),
+        ("log.webhook", "https://", "no address of the web"),
+        ("log.webhook", "http://[::1", "no address of the web"),
+        ("log.webhook", "http://host:99999/", "no address of the web"),
         # denoising steps
         ("dmd.denoising_steps", [], "0 steps; valid are 1 to 8, such as 1000,757,522"),
         ("dmd.denoising_steps", list(range(9, 0, -1)), "9 steps; valid are 1 to 8, such as 1000,757,522"),

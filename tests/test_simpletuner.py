@@ -93,6 +93,7 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
             update={
                 "warmup": shipped.warmup,  # theirs has none
                 "ema": shipped.ema,  # theirs does not set the decay
+                "log": shipped.log,  # without a project of wandb
                 "validation": shipped.validation,  # with the library's prompts
                 "data": config.data.model_copy(update={"cache_dir": None, "prompts": shipped.data.prompts}),
             }
@@ -100,7 +101,11 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
         == shipped
     )
     assert config.warmup.kind == "ode_regression" and config.ema == shipped.ema.model_copy(update={"decay": 0.995})
-    assert config.data.cache_dir == "cache/wan-dmd"
+    assert config.data.cache_dir == "cache/wan-dmd" and config.log.wandb == "dmd-training"
+    unowned = [
+        row.partition(" = ")[0] for row in lists["has no meaning here"] if "set hub.model_id to NAME/REPO" in row
+    ]
+    assert unowned == ["hub_model_id", "push_checkpoints_to_hub", "push_to_hub"] and config.hub.model_id is None
     prompts = config.validation.prompts
     assert prompts == [QUICKSTART["validation_prompt"], "a fox", "an owl"]
     assert config.validation.model_copy(update={"prompts": shipped.validation.prompts}) == shipped.validation
@@ -158,6 +163,7 @@ def test_the_result_trains(theirs, tmp_path, with_clips):
         "validation.resolution=32x32",
         "validation.num_frames=21",
         "validation.count=1",
+        "log.wandb=null",
         "schedule.warmup_steps=1",
     ]
     sets = [part for size in sizes for part in ("--set", size)]
@@ -227,6 +233,18 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ({"optimizer_beta2": 0.99}, "optimizer.betas", (0.9, 0.99)),
         ({"report_to": "none"}, "log.tensorboard", False),
         ({"report_to": "tensorboard"}, "log.tensorboard", True),
+        ({"report_to": "wandb", "tracker_project_name": "fox"}, "log.wandb", "fox"),
+        ({"report_to": "wandb", "tracker_project_name": ...}, "log.wandb", "dmdtrain"),
+        ({"report_to": "tensorboard", "tracker_project_name": "fox"}, "log.wandb", None),
+        ({"push_to_hub": True, "hub_model_id": "me/fox"}, "hub.model_id", "me/fox"),
+        ({"push_to_hub": True, "hub_model_id": "me/fox", "model_card_private": False}, "hub.private", False),
+        (
+            {"push_to_hub": "true", "hub_model_id": "me/fox", "push_checkpoints_to_hub": True},
+            "hub.push_checkpoints",
+            True,
+        ),
+        ({"push_to_hub": False, "hub_model_id": "me/fox", "push_checkpoints_to_hub": True}, "hub.model_id", None),
+        ({"hub_model_id": "fox"}, "hub.model_id", None),
         ({"validation_disable": True}, "validation.every", 0),
         ({"checkpoint_step_interval": ..., "checkpointing_steps": 7}, "checkpoint.every", 7),
         ({"output_dir": ..., "--output_dir": "here"}, "output_dir", "here"),
@@ -283,6 +301,8 @@ def test_values(theirs, changes, ours, value):
         ({"resume_from_checkpoint": "checkpoint-200"}, "a checkpoint of SimpleTuner can not be gone on from"),
         ({"pretrained_t5_model_name_or_path": "other/t5"}, "put this one into that folder"),
         ({"data_backend_config": "none.json"}, 'data_backend_config = "none.json": no such file: name it with --data'),
+        ({"push_to_hub": True, "hub_model_id": ""}, "push_to_hub = true: set hub.model_id to NAME/REPO"),
+        ({"hub_model_id": "me/my/fox"}, "hub.model_id: 'me/my/fox': it must be NAME/REPO"),
         ({"model_type": "full"}, "student.kind: full can not be trained on model.precision int8"),
         ({"validation_num_video_frames": -3}, "validation_num_video_frames = -3: validation.num_frames: -3 frames"),
     ],

@@ -13,6 +13,7 @@ import reprlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -144,6 +145,24 @@ def _file_name(value: str) -> str:
 
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
+
+
+def _web_address(value: str) -> str:
+    """An http or https address with a host. Errors do not repeat it: it may hold a secret."""
+    try:
+        parts = urlsplit(value)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        right = False
+    if not right or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("no address of the web; valid are http://HOST/... and https://HOST/...")
+    return value
+
+
+def _repository(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
+        raise ValueError(f"{_short(value)}: it must be NAME/REPO, such as me/wan-3step")
+    return value
 
 
 def _yaml_no(value: Any) -> Any:
@@ -635,6 +654,12 @@ class Log(Group):
     """Steps between two lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard's files to output_dir/tensorboard, besides metrics.jsonl."""
+    wandb: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Project of Weights & Biases that gets the same numbers and videos (`pip install 'dmdtrain[wandb]'`); WANDB_MODE and
+    its other variables hold. A resumed run goes on in the same run there. None: not used."""
+    webhook: Annotated[str, AfterValidator(_web_address)] | None = None
+    """Address that gets a JSON POST when the run starts, saves, validates, raises an alarm, stops and is done. It is in the
+    run's config.yaml, and neither printed nor uploaded. None: not used."""
 
 
 class Alarms(Group):
@@ -659,6 +684,27 @@ class Alarms(Group):
     """Share of a validation's colour values that may be black or full (within 1 %), beyond the first validation's; 0: off."""
 
 
+class Hub(Group):
+    """Upload of the student to the Hugging Face hub. It needs `hf auth login` or HF_TOKEN; a failure never stops training."""
+
+    model_id: Annotated[str, AfterValidator(_repository)] | None = None
+    """Repository, NAME/REPO, that gets the last checkpoint's student when the run is done: the LoRA or the whole transformer,
+    the configuration, sampling.json and a model card. None: nothing is uploaded."""
+    private: bool = True
+    """Whether a repository that does not exist yet is made private."""
+    push_checkpoints: bool = False
+    """Upload after complete checkpoints too, one at a time: those that are saved meanwhile are passed over."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.model_id is None:
+            if not self.private:
+                raise ValueError("private: false needs hub.model_id; valid without it is true")
+            if self.push_checkpoints:
+                raise ValueError("push_checkpoints: true needs hub.model_id; valid without it is false")
+        return self
+
+
 class Config(Group):
     version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
     """Of this format. A file without it is of the version that dmdtrain reads."""
@@ -677,6 +723,7 @@ class Config(Group):
     validation: Validation = Validation()
     log: Log = Log()
     alarms: Alarms = Alarms()
+    hub: Hub = Hub()
     output_dir: PathText = "output/dmdtrain"
     """Folder of the run: config.yaml, checkpoints, samples, metrics. It must be new, empty or this run's own."""
 
@@ -783,6 +830,7 @@ RESUMABLE = (
     "validation",
     "log",
     "alarms",
+    "hub",
     "ema.validate_with",
     "ema.keep_on",
     "data.on_bad_video",

@@ -42,6 +42,9 @@ def derived(config: Config) -> dict[str, str]:
         "data.cache_dir": f"{config.output_dir}/cache",
         "data.videos": "no clips",
         "data.fps": "the clips' own",
+        "log.wandb": "not used",
+        "log.webhook": "not used",
+        "hub.model_id": "nothing is uploaded",
         "validation.tiled_decoding": "for frames above 832 x 480 pixels",
         "validation.steps": f"as dmd.denoising_steps, {','.join(f'{t:g}' for t in config.dmd.denoising_steps)}",
     }

@@ -143,8 +143,48 @@ def _ema_setting(key: str) -> Callable[[Translation, Any, str], None]:
 def _report(made: Translation, value: Any, source: str) -> None:
     if value in ("tensorboard", "none"):
         made.put("log.tensorboard", value == "tensorboard", source)
+    elif value == "wandb":
+        project = made.given.get("tracker_project_name")
+        made.put("log.wandb", project or "dmdtrain", source, "" if project else "its project")
     else:
-        made.say(NO_MEANING, source, "metrics go to OUTPUT_DIR/metrics.jsonl and TensorBoard")
+        made.say(NO_MEANING, source, "metrics go to OUTPUT_DIR/metrics.jsonl, TensorBoard and log.wandb")
+
+
+def _project(made: Translation, value: Any, source: str) -> None:
+    if made.given.get("report_to") == "wandb" and value:
+        made.put("log.wandb", value, source)
+    else:
+        made.say(NO_MEANING, source, "report_to is not wandb")
+
+
+def _webhook(made: Translation, value: Any, source: str) -> None:
+    made.say(NO_MEANING, source, "set log.webhook to its address, which gets dmdtrain's own JSON")
+
+
+NO_OWNER = "a repository is named with its owner: set hub.model_id to NAME/REPO"
+
+
+def _push(made: Translation, value: Any, source: str) -> None:
+    if value is not True:
+        made.say(SAME, source, "nothing is uploaded unless hub.model_id is set")
+    elif not (repo := made.given.get("hub_model_id")):
+        made.say(REFUSED, source, "set hub.model_id to NAME/REPO")
+    elif "/" in str(repo):
+        made.put("hub.model_id", repo, source)
+    else:
+        made.say(NO_MEANING, source, NO_OWNER)
+
+
+def _of_hub(ours: str) -> Callable[[Translation, Any, str], None]:
+    def handle(made: Translation, value: Any, source: str) -> None:
+        if made.given.get("push_to_hub") is not True:
+            made.say(NO_MEANING, source, "push_to_hub is off")
+        elif "/" not in str(made.given.get("hub_model_id")):
+            made.say(NO_MEANING, source, NO_OWNER)
+        else:
+            made.put(ours, value, source)
+
+    return handle
 
 
 def _resume(made: Translation, value: Any, source: str) -> None:
@@ -242,6 +282,12 @@ HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
     "ema_update_interval": _ema_setting("ema_update_interval"),
     "ema_validation": _ema_setting("ema_validation"),
     "report_to": _report,
+    "tracker_project_name": _project,
+    "webhook_config": _webhook,
+    "push_to_hub": _push,
+    "hub_model_id": _of_hub("hub.model_id"),
+    "push_checkpoints_to_hub": _of_hub("hub.push_checkpoints"),
+    "model_card_private": _of_hub("hub.private"),
     "resume_from_checkpoint": _resume,
     "num_train_epochs": _epochs,
     "max_train_steps": _max_steps,

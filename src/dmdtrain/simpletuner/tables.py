@@ -228,11 +228,11 @@ AGREE: dict[str, tuple[tuple[Any, ...], str]] = {
 NO_MEANING: list[tuple[str, str]] = [
     (
         """push_* hub_* publishing_config model_card_* modelspec_comment post_*_script""",
-        "nothing is uploaded by itself: `hf upload REPO FILE` sends what export-lora and export-pipeline write",
+        "hub.model_id says what is uploaded, with a model card of dmdtrain's own",
     ),
     (
         """tracker_* custom_tracker webhook_* logging_dir merge_environment_config""",
-        "metrics go to OUTPUT_DIR/metrics.jsonl and TensorBoard",
+        "metrics go to OUTPUT_DIR/metrics.jsonl, TensorBoard, log.wandb and log.webhook",
     ),
     ("""lora_format""", "export-lora has --format diffusers and comfyui"),
     (

@@ -21,6 +21,7 @@ from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
 from dmdtrain.train.clips import REPORT, Clips, clip_sets, describe_clips, scan, with_captions
 from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.plan import changes, memory_lines
+from dmdtrain.train.reports import Reports, check_reports, reporting
 from dmdtrain.train.saver import TrainingStopped
 from dmdtrain.train.setup import Run, describe, resolve
 from dmdtrain.train.step import check_score_ranges
@@ -59,6 +60,7 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_score_ranges(config, run.timesteps)
     check_data(run)
     check_output(config, resume)
+    check_reports(config)
     with locked(run.output_dir) if clip_sets(run) or not dry_run else nullcontext():  # a scan writes its report
         scanned = scan(run, console)
         run = with_captions(run, scanned)
@@ -71,19 +73,20 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
         if dry_run:
             console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
             return
-        _fit(run, resume, console, scanned)
+        with reporting(run, console) as reports:
+            _fit(run, resume, console, scanned, reports)
 
 
-def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips]) -> None:
+def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], reports: Reports) -> None:
     config, output = run.config, run.output_dir
     checkpoint, damaged = pick_checkpoint(config, resume)
-    trainer = Trainer(run, console, scanned)
+    trainer = Trainer(run, console, scanned, reports)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
     warming = checkpoint is not None and checkpoints.stage_of(checkpoint) == WARMUP
     warmup = None
     if config.warmup.kind != "none" and (checkpoint is None or warming):
-        warmup = Warmup(run, trainer.renderer, console, trainer.clips)
+        warmup = Warmup(run, trainer.renderer, console, trainer.clips, reports)
     if checkpoint is not None:  # before anything is written: what can not be loaded leaves all as it was
         stage = "warm-up step" if warmup else "step"
         if warmup is not None:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -21,13 +21,30 @@ from dmdtrain.files import write_text
 METRICS = "metrics.jsonl"
 
 
+class Tracker(Protocol):
+    """Who else gets the numbers; what it raises is told."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def images(self, step: int, name: str, gifs: list[bytes]) -> None: ...
+
+
 class MetricsLog:
-    """One JSON line per logged step, and the same numbers in TensorBoard. A resumed run drops what lies after its step.
+    """One JSON line per logged step, and the same numbers in TensorBoard and for a tracker. A resumed run drops what lies
+    after its step.
 
     Where the folder can not be written, training goes on: lines are kept and written later, TensorBoard begins a new file.
     """
 
-    def __init__(self, output_dir: Path, first_step: int, tensorboard: bool, console: Console | None = None):
+    def __init__(
+        self,
+        output_dir: Path,
+        first_step: int,
+        tensorboard: bool,
+        console: Console | None = None,
+        tracker: Tracker | None = None,
+    ):
+        self._tracker = tracker
         self._path, self._console = output_dir / METRICS, console
         self._drop_after(first_step)
         self._unwritten = b""
@@ -70,13 +87,19 @@ class MetricsLog:
         if self._events is not None:
             with self._told("tensorboard", Exception):
                 self._events.scalars(step, values)
+        if self._tracker is not None:
+            with self._told("wandb", Exception):
+                self._tracker.scalars(step, values)
 
     def _flush(self) -> None:
         while self._unwritten:
             self._unwritten = self._unwritten[os.write(self._handle, self._unwritten) :]
 
     def videos(self, step: int, name: str, gifs: list[bytes], size: tuple[int, int]) -> None:
-        """Animated GIFs as TensorBoard images; size: (height, width)."""
+        """Animated GIFs as TensorBoard images, and for the tracker; size: (height, width)."""
+        if self._tracker is not None:
+            with self._told("wandb", Exception):
+                self._tracker.images(step, name, gifs)
         if self._events is not None:
             with self._told("tensorboard", Exception):
                 self._events.images(step, name, gifs, size)

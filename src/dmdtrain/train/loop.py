@@ -14,6 +14,7 @@ from dmdtrain.config import Config
 from dmdtrain.train import interrupt
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
+from dmdtrain.train.reports import Reports
 from dmdtrain.train.saver import Saved, Saver, TrainingStopped
 from dmdtrain.train.underway import Paused
 
@@ -74,6 +75,7 @@ def run_stage(
     unit: str = "step",
     validate: Callable[[MetricsLog], None] | None = None,
     first: Callable[[MetricsLog], None] | None = None,
+    reports: Reports | None = None,
 ) -> None:
     """Steps until `total`, with logs in `folder`, checkpoints, a progress line and validation.
 
@@ -97,8 +99,11 @@ def run_stage(
             )
         live.restart_clock()
 
-    log = MetricsLog(folder, stage.step, config.log.tensorboard, console)
+    reports = reports or Reports()
+    log = MetricsLog(folder, stage.step, config.log.tensorboard, console, reports)
     saver, paused = Saver(stage, config.checkpoint, console), False
+    reports.enter(stage.step, unit)
+    reports.event("started", f"{unit} {stage.step} of {total}")
     try:
         with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
             if first is not None:
@@ -115,10 +120,12 @@ def run_stage(
                     log.write(stage.step, values)
                 if saver.after_step(last):
                     live.restart_clock()
+                reports.saved(stage.root, saver.saved_step)
                 due = config.validation.every and (stage.step % config.validation.every == 0 or last)
                 if validate and due and not interrupt.asked():
                     run_validation(validate)
             saver.finish(paused)
+            reports.saved(stage.root, saver.saved_step)
             if interrupt.asked():
                 at = f"in {unit} {stage.step + 1}" if paused else f"at {unit} {stage.step}"
                 console.print(f"stopped {at}; saved: {saver.saved(unit)}", soft_wrap=True)

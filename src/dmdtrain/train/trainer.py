@@ -28,6 +28,7 @@ from dmdtrain.train.plan import known_rate
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import HeldOut, RealData
 from dmdtrain.train.render import Renderer
+from dmdtrain.train.reports import Reports
 from dmdtrain.train.setup import (
     Run,
     build_roles,
@@ -47,7 +48,10 @@ COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
 class Trainer:
     """One run: builds everything, then `fit`. scanned: the run's clips, where they were looked at already."""
 
-    def __init__(self, run: Run, console: Console, scanned: dict[str, Clips] | None = None):
+    def __init__(
+        self, run: Run, console: Console, scanned: dict[str, Clips] | None = None, reports: Reports | None = None
+    ):
+        self.reports = reports or Reports()
         self.run, self.config, self.console = run, run.config, console
         run.output_dir.mkdir(parents=True, exist_ok=True)
         self.device = device_of_this_machine()
@@ -102,7 +106,7 @@ class Trainer:
         self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
         self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
         self.root = run.output_dir / CHECKPOINTS
-        self.alarms = Alarms(self.config.alarms, lambda text: console.print(text, soft_wrap=True, highlight=False))
+        self.alarms = Alarms(self.config.alarms, self._alarm)
         self.norms: Stats = {}  # the last gradient norm of each role
         self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
         self.underway: Underway | None = None  # the step after `step`, if it is begun
@@ -221,6 +225,10 @@ class Trainer:
             numbers["model_flop_utilisation"] = numbers["model_tflops_per_second"] * 1e12 / self.rate
         return numbers | {"memory_gib": peak_memory_gib(self.device)}
 
+    def _alarm(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
+        self.reports.event("alarm", text, self.step)
+
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _random(self) -> Tensors:
@@ -303,6 +311,7 @@ class Trainer:
         facts = self.run.sampling() | {"step": self.step, "seed": settings.seed, "measured": measured}
         results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
         self._log_validation(log, results)
+        self.reports.event("validation", f"validated step {self.step}: {folder}", self.step)
         for name, scores in results["scores"].items():
             self.console.print(
                 f"step {self.step}: {name} right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()),
@@ -346,8 +355,9 @@ class Trainer:
         warmup.fit()
         if self.ema is not None:
             self.ema.restart()
+        self.reports.enter(self.step)
         if self.config.validation.every:
-            log = MetricsLog(self.run.output_dir, -1, self.config.log.tensorboard, self.console)
+            log = MetricsLog(self.run.output_dir, -1, self.config.log.tensorboard, self.console, self.reports)
             try:
                 self.validate(log)
             finally:
@@ -361,4 +371,5 @@ class Trainer:
             shown=shown,
             validate=self.validate,
             first=self.validate if self.lacks_validation() else self._recall_validation,
+            reports=self.reports,
         )

@@ -23,6 +23,7 @@ from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_st
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
+from dmdtrain.train.reports import Reports
 from dmdtrain.train.setup import Run, encode_text, sampling_json
 from dmdtrain.train.step import Stats, as_numbers
 from dmdtrain.train.underway import Tensors, Underway, load_underway
@@ -100,7 +101,15 @@ class Synthesized:
 class Warmup:
     """The first stage of a run. It trains the student's weights in `renderer.roles`, on `clips` where it takes real ones."""
 
-    def __init__(self, run: Run, renderer: Renderer, console: Console, clips: dict[str, Clips]):
+    def __init__(
+        self,
+        run: Run,
+        renderer: Renderer,
+        console: Console,
+        clips: dict[str, Clips],
+        reports: Reports | None = None,
+    ):
+        self.reports = reports or Reports()
         self.run, self.config, self.console = run, run.config, console
         self.renderer, self.roles, self.text = renderer, renderer.roles, renderer.text
         self.root, self.clips = run.output_dir / WARMUP, clips
@@ -114,9 +123,13 @@ class Warmup:
             weight_decay=optimizer.weight_decay,
         )
         self.generator = torch.Generator().manual_seed(run.config.train.seed + 2)
-        self.alarms = Alarms(self.config.alarms, lambda text: console.print(f"warm-up: {text}", soft_wrap=True))
+        self.alarms = Alarms(self.config.alarms, self._alarm)
         self.step = self.bad_steps = self.bad_in_a_row = 0
         self.underway: Underway | None = None  # the step after `step`, if it is begun
+
+    def _alarm(self, text: str) -> None:
+        self.console.print(f"warm-up: {text}", soft_wrap=True)
+        self.reports.event("alarm", f"warm-up: {text}", self.step)
 
     def prepare(self) -> None:
         """Opens the data, or has the teacher make them."""
@@ -230,5 +243,8 @@ class Warmup:
         shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}
         self.root.mkdir(parents=True, exist_ok=True)
         run_stage(
-            self, self.config.warmup.steps, self.root, self.config, self.console, shown=shown, unit="warm-up step"
+            *(self, self.config.warmup.steps, self.root, self.config, self.console),
+            shown=shown,
+            unit="warm-up step",
+            reports=self.reports,
         )
