@@ -93,7 +93,6 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
             update={
                 "warmup": shipped.warmup,  # theirs has none
                 "ema": shipped.ema,  # theirs does not set the decay
-                "log": shipped.log,  # without a project of wandb
                 "validation": shipped.validation,  # with the library's prompts
                 "data": config.data.model_copy(update={"cache_dir": None, "prompts": shipped.data.prompts}),
             }
@@ -101,7 +100,7 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
         == shipped
     )
     assert config.warmup.kind == "ode_regression" and config.ema == shipped.ema.model_copy(update={"decay": 0.995})
-    assert config.data.cache_dir == "cache/wan-dmd" and config.log.wandb == "dmd-training"
+    assert config.data.cache_dir == "cache/wan-dmd"
     unowned = [
         row.partition(" = ")[0] for row in lists["has no meaning here"] if "set hub.model_id to NAME/REPO" in row
     ]
@@ -126,6 +125,7 @@ def test_what_is_written_is_short_and_says_why(theirs, tmp_path):
     assert "# not 121: 121 frames are 31 latent frames" in text and "117 and 129" in text
     assert "independent_first_frame" in text
     assert "num_frames: 117" in text
+    assert "wandb: null # set it to dmd-training, after pip install 'dmdtrain[wandb]'" in text
 
 
 SHORT = {"max_train_steps": 2, "validation_step_interval": 2}
@@ -163,7 +163,6 @@ def test_the_result_trains(theirs, tmp_path, with_clips):
         "validation.resolution=32x32",
         "validation.num_frames=21",
         "validation.count=1",
-        "log.wandb=null",
         "schedule.warmup_steps=1",
     ]
     sets = [part for size in sizes for part in ("--set", size)]
@@ -233,9 +232,6 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ({"optimizer_beta2": 0.99}, "optimizer.betas", (0.9, 0.99)),
         ({"report_to": "none"}, "log.tensorboard", False),
         ({"report_to": "tensorboard"}, "log.tensorboard", True),
-        ({"report_to": "wandb", "tracker_project_name": "fox"}, "log.wandb", "fox"),
-        ({"report_to": "wandb", "tracker_project_name": ...}, "log.wandb", "dmdtrain"),
-        ({"report_to": "tensorboard", "tracker_project_name": "fox"}, "log.wandb", None),
         ({"push_to_hub": True, "hub_model_id": "me/fox"}, "hub.model_id", "me/fox"),
         ({"push_to_hub": True, "hub_model_id": "me/fox", "model_card_private": False}, "hub.private", False),
         (

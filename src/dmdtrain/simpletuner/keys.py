@@ -140,19 +140,23 @@ def _ema_setting(key: str) -> Callable[[Translation, Any, str], None]:
     return handle
 
 
+def _wandb(project: Any) -> str:
+    """Off: the result runs where the package is missing."""
+    return f"set it to {project}, after pip install 'dmdtrain[wandb]'"
+
+
 def _report(made: Translation, value: Any, source: str) -> None:
     if value in ("tensorboard", "none"):
         made.put("log.tensorboard", value == "tensorboard", source)
     elif value == "wandb":
-        project = made.given.get("tracker_project_name")
-        made.put("log.wandb", project or "dmdtrain", source, "" if project else "its project")
+        made.put("log.wandb", None, source, _wandb(made.given.get("tracker_project_name") or "dmdtrain"))
     else:
         made.say(NO_MEANING, source, "metrics go to OUTPUT_DIR/metrics.jsonl, TensorBoard and log.wandb")
 
 
 def _project(made: Translation, value: Any, source: str) -> None:
     if made.given.get("report_to") == "wandb" and value:
-        made.put("log.wandb", value, source)
+        made.put("log.wandb", None, source, _wandb(value))
     else:
         made.say(NO_MEANING, source, "report_to is not wandb")
 
