@@ -297,6 +297,7 @@ def test_signals_in_the_warm_up_and_while_its_data_are_made(start, write, run, t
     # A sample that disappears is one line.
     shutil.rmtree(made)
     assert again.code() == 2
+    assert "saved: warm-up step" in again.output
     last = again.output.splitlines()[-1]
     assert last.startswith(f"dmdtrain: {made}") and "No such file" in last
 

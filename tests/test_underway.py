@@ -1,5 +1,5 @@
-"""A signal within a step: it is answered after the micro-batch in hand, nothing that is computed is lost, and the resumed run
-comes to the same bits."""
+"""A signal or an error within a step: a signal is answered after the micro-batch in hand, nothing that is computed is lost, and
+the resumed run comes to the same bits."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_numbers_that_some_micro_batches_lack_are_none_of_the_update():
 
     # Rows 0 and 1 start at 0, row 2 at 2: the mean is 2/3. After row 0, which came to 6 so far, rows 1 and 2 start at 1.
     for rows, total, wanted in ((0, {}, 2 / 3), (1, {"loss": torch.tensor(6.0)}, 6 + 2 / 3)):
-        came_to = Underway({}, update="student", rows=rows, total=total).accumulate("student", 3, 2, backward)
+        came_to = Underway({}, "student", rows=rows, total=total).accumulate(3, 2, backward)
         assert came_to.keys() == {"loss"} and float(came_to["loss"]) == pytest.approx(wanted)
 
 
@@ -290,6 +290,79 @@ def test_after_a_step_that_was_not_finite_nothing_is_saved(whole, made, tmp_path
     made.at = {7: spoil("student")}
     said = interrupted(made, 14, tmp_path / "run.yaml", "--max-steps", 3)
     assert "stopped in step 3; saved: step 1 " in said and last(tmp_path / "run").name == "step-000001"
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def failed(made: MicroBatches, number: int, fault: Callable[[Any], object], *args: object) -> str:
+    """What a run said in which something broke when the micro-batch of that number began."""
+    made.count, made.at = 0, {number: fault}
+    result = run_cli("fit", *args)
+    made.at = {}
+    assert result.exit_code in (1, 2), (result.output, result.exception)
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("reused", [False, True])
+@pytest.mark.parametrize(("at", "saved", "left"), [(3, "", 12), (5, "what is done of step 1", 9), (9, "step 1", 6)])
+def test_memory_that_runs_out_loses_the_update_in_hand_alone(at, saved, left, reused, write, made, tmp_path):
+    """In the middle of a backward pass, which leaves some gradients with the micro-batch and some without."""
+    file, run, whole = write({"fake_score.reuse_rollout": reused}), tmp_path / "run", tmp_path / "whole"
+    done("fit", file, "--output-dir", whole)
+
+    def fault(distiller: Distiller) -> None:
+        for role in ("student", "fake_score"):
+            distiller.roles.parameters(role)[3].register_hook(no_memory)
+
+    said = failed(made, at, fault, file, "--set", "checkpoint.every=99")
+    assert (f" saved: {saved} dmdtrain: out of memory" if saved else "dmdtrain: out of memory") in said
+    assert saved or "saved: " not in said
+    made.count = 0
+    done("fit", file)
+    assert made.count == left
+    assert_same_to_the_bit(run, whole)
+
+
+def test_memory_that_runs_out_in_the_optimizer_saves_nothing_of_it(whole, made, tmp_path, monkeypatch):
+    file, run = tmp_path / "run.yaml", tmp_path / "run"
+    step = torch.optim.AdamW.step
+
+    def breaks(_: Distiller) -> None:
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: (step(*args, **kwargs), no_memory()))
+
+    said = failed(made, 7, breaks, file)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert "saved: " not in said and names(last(run)) == names(last(tmp_path / "whole"))
+    done("fit", file)
+    assert_same_to_the_bit(run, whole)
+
+
+@pytest.mark.parametrize("what", ["text", "videos", "reused", "warmup"])
+def test_data_that_disappear_lose_nothing(what, write, made, clips, tmp_path):
+    """One micro-batch an update: after it the next batch's embeddings are missing, or the clips of the next update, or before
+    it those of the first."""
+    changes = {"train.gradient_accumulation": 1, "train.max_steps": 4, "checkpoint.every": 99}
+    changes |= {"videos": CASES["clips"] | {"data.videos": str(clips)}, "reused": REUSED}.get(what, {})
+    if what == "warmup":
+        changes |= CAUSAL | {"warmup.kind": "teacher_forcing", "warmup.data": str(clips), "warmup.steps": 4}
+    file, run, whole = write(changes), tmp_path / "run", tmp_path / "whole"
+    done("fit", file, "--output-dir", whole)
+    total = made.count
+    shutil.copytree(whole / "cache", run / "cache")
+    cache = run / "cache" / ("videos" if what in ("videos", "warmup") else "text")
+    said = failed(made, 3, lambda _: shutil.move(cache, tmp_path / "away"), file)
+    assert " saved: " in said and "dmdtrain: data.cache_dir: " in said, said
+    if what != "warmup":  # which needs the clips that are gone
+        shutil.rmtree(cache, ignore_errors=True)
+    made.count = 0
+    done("fit", file)
+    assert made.count == total - 3
+    assert_same_to_the_bit(run, whole)
 
 
 # ---------------------------------------------------------------------------------------------------- the disk
@@ -358,7 +431,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         for v in ("teacher", "", 3, None, [])
     },
     "an update that comes first": (state(update="student"), "holds finished.student."),
-    **{f"rows {v!r}": (state(rows=v), "rows ") for v in (3, -1, 10**30, 1.0, True, "1", None, [1])},
+    **{f"rows {v!r}": (state(rows=v), "rows ") for v in (4, -1, 10**30, 1.0, True, "1", None, [1])},
     "fewer rows": (state(rows=0), "holds gradient."),
     **{
         f"seconds {v!r}": (state(seconds=v), "seconds ")

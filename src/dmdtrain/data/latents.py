@@ -130,7 +130,11 @@ class LatentCache:
             raise unwritable("data.cache_dir", file, error) from None
 
     def read(self, names: list[str]) -> torch.Tensor:
-        """[B, C, T, H, W] in float32. A file that is damaged is removed; ConfigError then says so."""
+        """[B, C, T, H, W] in float32.
+
+        Raises:
+            ConfigError: a file has gone, can not be read, or was damaged and is removed.
+        """
         found: list[torch.Tensor] = []
         for name in names:
             if problem := self.check(name, found):
@@ -139,14 +143,24 @@ class LatentCache:
         return torch.stack(found).float()
 
     def check(self, name: str, found: list[torch.Tensor] | None = None) -> str | None:
-        """What is wrong with a file, or None; its latents are added to `found`."""
+        """What is wrong with a file, or None; its latents are added to `found`.
+
+        Raises:
+            ConfigError: it has gone or can not be read, which says nothing of what is in it.
+        """
+        file = self.file(name)
         try:
-            with safe_open(self.file(name), "pt") as handle:
+            file.open("rb").close()  # safetensors takes every refusal of the system for a missing file
+            with safe_open(file, "pt") as handle:
                 latents, metadata = handle.get_tensor("latents"), handle.metadata()
                 wanted = metadata["sha256"]
                 if "packed" in metadata:
                     latents = unpack(latents, *json.loads(metadata["packed"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+        except FileNotFoundError:
+            raise ConfigError(f"data.cache_dir: {file} has gone; the same command makes it again") from None
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir: {file} can not be read ({error.strerror or error})") from None
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
             return f"it can not be read: {error}"
         if _checksum(latents) != wanted:
             return "it is damaged (its checksum differs)"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Protocol
@@ -16,7 +18,7 @@ from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
 from dmdtrain.train.reports import Reports
 from dmdtrain.train.saver import Saved, Saver, TrainingStopped
-from dmdtrain.train.underway import Paused
+from dmdtrain.train.underway import Paused, Underway
 
 Values = dict[str, float]
 
@@ -25,6 +27,7 @@ class Stage(Saved, Protocol):
     """Warm-up or distillation: steps that are counted, saved and resumed."""
 
     bad_steps: int
+    underway: Underway | None  # the step after `step`, if it is begun
 
     def train_step(self) -> Values:
         """Raises Paused where a signal has come and part of the step is done."""
@@ -62,6 +65,20 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak so far: of the GPU, or of the process (Linux counts in KiB)."""
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     return peak / 2**30
+
+
+@contextmanager
+def _rescuing(stage: Stage, saver: Saver, console: Console, unit: str) -> Iterator[None]:
+    """Saves what is done, where data disappear, memory runs out or anything else ends the steps with an error."""
+    try:
+        yield
+    except TrainingStopped:  # of steps or saves that are not to be tried again
+        raise
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the step's activations
+        if (stage.underway is None or not stage.underway.stepping) and saver.rescue():
+            console.print(f"saved: {saver.saved(unit)}", soft_wrap=True)
+        raise
 
 
 def run_stage(
@@ -106,24 +123,25 @@ def run_stage(
     reports.event("started", f"{unit} {stage.step} of {total}")
     try:
         with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
-            if first is not None:
-                run_validation(first)
-            while stage.step < total and not interrupt.asked():
-                try:
-                    values = stage.train_step()
-                except Paused:
-                    paused = True
-                    break
-                last = stage.step == total
-                live.step(stage.step, "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values))
-                if stage.step % config.log.every == 0 or last:
-                    log.write(stage.step, values)
-                if saver.after_step(last):
-                    live.restart_clock()
-                reports.saved(stage.root, saver.saved_step)
-                due = config.validation.every and (stage.step % config.validation.every == 0 or last)
-                if validate and due and not interrupt.asked():
-                    run_validation(validate)
+            with _rescuing(stage, saver, console, unit):
+                if first is not None:
+                    run_validation(first)
+                while stage.step < total and not interrupt.asked():
+                    try:
+                        values = stage.train_step()
+                    except Paused:
+                        paused = True
+                        break
+                    last = stage.step == total
+                    live.step(stage.step, "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values))
+                    if stage.step % config.log.every == 0 or last:
+                        log.write(stage.step, values)
+                    if saver.after_step(last):
+                        live.restart_clock()
+                    reports.saved(stage.root, saver.saved_step)
+                    due = config.validation.every and (stage.step % config.validation.every == 0 or last)
+                    if validate and due and not interrupt.asked():
+                        run_validation(validate)
             saver.finish(paused)
             reports.saved(stage.root, saver.saved_step)
             if interrupt.asked():

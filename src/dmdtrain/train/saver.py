@@ -178,6 +178,19 @@ class Saver:
             while time.monotonic() < end and not interrupt.asked():
                 time.sleep(0.1)
 
+    def rescue(self) -> bool:
+        """After an error in a step: one attempt to save what is new, which raises nothing. True: it is saved."""
+        try:
+            self.wait()
+            new = self.saved_step != self.stage.step or UNDERWAY in self.stage.content()[0]
+            if new and not self.stage.bad_in_a_row:
+                self.save()
+                self.wait()
+                return self.saved_step == self.stage.step
+        except Exception:
+            pass  # the first error is what is told
+        return False
+
     def close(self) -> None:
         """Waits for what is in flight, after whatever has happened; a failure is told and raises nothing."""
         if self._thread is not None:

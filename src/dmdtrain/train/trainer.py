@@ -113,12 +113,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def _update(self, underway: Underway, name: str, batch: Batch) -> Stats | None:
+    def _update(self, underway: Underway, name: str, batch: Batch | None = None) -> Stats | None:
         """What is left of an update of `student` or `fake_score`; the fake score takes over the videos that the student left.
+
+        Args:
+            batch: the next one where it is None.
 
         Returns:
             statistics, or None where the update was not finite and was skipped.
         """
+        if name not in underway.finished:
+            underway.begin(name)
+        batch = batch or self.batches.take()
         clips = self.real.draw() if name == "student" and self.real is not None else None
         if name not in underway.finished:
             with underway.timed(name):
@@ -143,7 +149,7 @@ class Trainer:
                     stats |= self.real.backward(clips.rows(rows.start, rows.stop), share)
             return stats
 
-        total = underway.accumulate(name, config.samples_per_update, config.train.batch_size, backward)
+        total = underway.accumulate(config.samples_per_update, config.train.batch_size, backward)
         self.batches.prefetch()
         clip, method = (
             (config.optimizer.grad_clip, config.optimizer.grad_clip_method)
@@ -151,12 +157,12 @@ class Trainer:
             else (config.fake_score.grad_clip, "norm")
         )
         losses = [value for key, value in total.items() if key.endswith("loss")]
-        with self.distiller.phases("optimizer"):
+        with self.distiller.phases("optimizer"), underway.optimizing():
             norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
+            if finite and name == "student" and self.ema is not None:
+                self.ema.update(self.student_updates + 1)
         self.norms[name] = norm
         if finite:
-            if name == "student" and self.ema is not None:
-                self.ema.update(self.student_updates + 1)
             return total | {f"{name}_grad_norm": norm}
         failed = dump_bad_step(
             *(self.run.output_dir / BAD_STEPS, self.step + 1, name),
@@ -192,20 +198,20 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """The next step, or what is left of it; Paused where a signal comes within it."""
-        self.underway = underway = self.underway or Underway(self._random())
         lr, names = self._learning_rate(), self._updates()
         due, reused = "student" in names, names[0] == "student"
-        batch = self.batches.take()
+        self.underway = underway = self.underway or Underway(self._random(), names[0])
         if due:
             for group in self.optimizers["student"].param_groups:
                 group["lr"] = lr
         if reused:
+            batch = self.batches.take()
             again = batch._replace(draws=self.distiller.redraw_scores(batch.draws, self.batches.generator))
             student = self._update(underway, "student", batch)
             critic = self._update(underway, "fake_score", again)
         else:
-            critic = self._update(underway, "fake_score", batch)
-            student = self._update(underway, "student", self.batches.take()) if due else {}
+            critic = self._update(underway, "fake_score")
+            student = self._update(underway, "student") if due else {}
         bad = critic is None or student is None
         values = (critic or {}) | (student or {})
         seconds, self.underway = underway.seconds, None

@@ -1,4 +1,5 @@
-"""The step in hand: what is done of it, so that a signal waits for one micro-batch and nothing that is computed is lost."""
+"""The step in hand: what is done of it, so that a signal waits for one micro-batch and nothing that is computed is lost, also
+where data disappear or memory runs out."""
 
 from __future__ import annotations
 
@@ -28,12 +29,25 @@ class Underway:
     """What is done of a step. The gradients of the update in hand are where they are accumulated: in the parameters."""
 
     random: Tensors  # generators and positions in the data, from before the step
+    update: str  # the one in hand, or the next
     finished: dict[str, Stats | None] = field(default_factory=dict)  # update -> numbers; None: skipped, as not finite
-    update: str = ""  # the one in hand
     rows: int = 0  # videos of it that are accumulated
     total: Stats = field(default_factory=dict)  # their share of its numbers
     videos: list[torch.Tensor] = field(default_factory=list)  # [b, C, t, H, W]: the student's, where it leaves them
     seconds: dict[str, float] = field(default_factory=dict)  # by update
+    torn: bool = False  # a micro-batch has begun and not ended: the gradients are of no use
+    stepping: bool = False  # the optimizer has begun and not ended: nor are the weights
+
+    def begin(self, update: str) -> None:
+        """The next update; nothing where it is in hand already."""
+        if self.update != update:
+            self.update, self.rows, self.total = update, 0, {}
+
+    @contextmanager
+    def optimizing(self) -> Iterator[None]:
+        self.stepping = True
+        yield
+        self.stepping = False
 
     @contextmanager
     def timed(self, update: str) -> Iterator[None]:
@@ -44,8 +58,8 @@ class Underway:
         finally:
             self.seconds[update] = self.seconds.get(update, 0.0) + time.perf_counter() - started
 
-    def accumulate(self, update: str, n: int, micro: int, backward: Callable[[slice, float], Stats]) -> Stats:
-        """The micro-batches of an update of n videos that are not done yet.
+    def accumulate(self, n: int, micro: int, backward: Callable[[slice, float], Stats]) -> Stats:
+        """The micro-batches of the update in hand, of n videos, that are not done yet.
 
         Args:
             backward: accumulates the gradient of these rows, which are that share of the update; returns their means.
@@ -56,14 +70,14 @@ class Underway:
         Raises:
             Paused: a signal has come. Before the first micro-batch of a step there is nothing to keep, and it is made.
         """
-        if self.update != update:
-            self.update, self.rows, self.total = update, 0, {}
         while self.rows < n:
             if (self.rows or self.finished) and interrupt.asked():
                 raise Paused
             rows = slice(self.rows, min(self.rows + micro, n))
             share = (rows.stop - rows.start) / n
+            self.torn = True
             stats = backward(rows, share)
+            self.torn = False
             before = self.total if self.rows else dict.fromkeys(stats, 0)
             self.total = {key: before[key] + value * share for key, value in stats.items() if key in before}
             self.rows = rows.stop
@@ -74,15 +88,15 @@ class Underway:
     ) -> None:
         """Adds what is done to a checkpoint's tensors and state.json.
 
-        What is not finite is left out, to be computed again to the same end: the update in hand, or, after one that was
-        skipped and has left the weights as they were, the step.
+        What is not finite or not whole is left out, to be computed again to the same end: the update in hand, or, after one
+        that was skipped and has left the weights as they were, the step.
 
         Args:
             parameters: those that the update in hand trains.
         """
         rows, content = self.rows, {f"total.{key}": value for key, value in self.total.items()}
         content |= {f"gradient.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
-        if not all(bool(torch.isfinite(value).all()) for value in content.values()):
+        if self.torn or not all(bool(torch.isfinite(value).all()) for value in content.values()):
             rows, content = 0, {}
         if None in self.finished.values() or not (rows or self.finished):
             return
@@ -124,8 +138,8 @@ def load_underway(
     if not isinstance(update, str) or update not in updates:
         raise refuse(f"update {update!r:.100}; valid in this step are {', '.join(updates)}")
     finished = updates[: updates.index(update)]
-    if type(rows) is not int or not 0 <= rows < n or not (rows or finished):
-        raise refuse(f"rows {rows!r:.100}; valid are {0 if finished else 1} to {n - 1}")
+    if type(rows) is not int or not 0 <= rows <= n or not (rows or finished):
+        raise refuse(f"rows {rows!r:.100}; valid are {0 if finished else 1} to {n}")
     if not isinstance(seconds, dict) or not seconds.keys() <= set(updates):
         raise refuse(f"seconds {seconds!r:.100}; valid are those of {', '.join(updates)}")
     if not all(type(value) in (int, float) and 0 <= value < 1e9 for value in seconds.values()):
@@ -155,4 +169,4 @@ def load_underway(
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
     done: dict[str, Stats | None] = {name: numbers_of(f"finished.{name}.") for name in finished}
     left = [values["videos"].to(device)] if videos is not None else []
-    return Underway(random, done, update, rows, numbers_of("total."), left, {k: float(v) for k, v in seconds.items()})
+    return Underway(random, update, done, rows, numbers_of("total."), left, {k: float(v) for k, v in seconds.items()})

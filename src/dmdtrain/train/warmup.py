@@ -156,7 +156,7 @@ class Warmup:
 
     def train_step(self) -> dict[str, float]:
         """The next step, or what is left of it; Paused where a signal comes within it."""
-        self.underway = underway = self.underway or Underway(self._random())
+        self.underway = underway = self.underway or Underway(self._random(), WARMUP)
         with underway.timed(WARMUP):
             values = self._update(underway)
         return values | {"seconds": underway.seconds[WARMUP], "memory_gib": peak_memory_gib(self.text.device)}
@@ -179,7 +179,7 @@ class Warmup:
             part = batch.rows(rows.start, rows.stop)
             return warmup_backward(self.roles, config.rollout, part, share, self.renderer.autocast)
 
-        total = underway.accumulate(WARMUP, n, config.train.batch_size, backward)
+        total = underway.accumulate(n, config.train.batch_size, backward)
         lr = learning_rate(
             self.step,
             config.warmup.steps,
@@ -190,9 +190,9 @@ class Warmup:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm, finite = guarded_step(
-            self.optimizer, parameters, [*total.values()], config.optimizer.grad_clip, config.optimizer.grad_clip_method
-        )
+        clip, method = config.optimizer.grad_clip, config.optimizer.grad_clip_method
+        with underway.optimizing():
+            norm, finite = guarded_step(self.optimizer, parameters, [*total.values()], clip, method)
         self.step, self.underway = self.step + 1, None
         if not finite:
             dump_bad_step(
