@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -35,11 +37,21 @@ FORKS.set_forkserver_preload(["dmdtrain.train.fit", "dmdtrain.train.commands", "
 UNLIMITED = resource.RLIM_INFINITY
 
 
+def obey_modes() -> None:
+    """From here on the modes of files hold for root's process, too: it gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc, version = ctypes.CDLL(None, use_errno=True), struct.pack("Ii", 0x20080522, 0)
+    capabilities = ctypes.create_string_buffer(24)
+    assert libc.capget(version, capabilities) == 0
+    effective, *others = struct.unpack("6I", capabilities.raw)
+    assert libc.capset(version, struct.pack("6I", effective & ~0b110, *others)) == 0
+
+
 def command(args: list[str], out: Connection, file_limit: int, terminal: str | None) -> None:
     """In a process of its own, forked from one that has imported everything: what the shell would call."""
     from dmdtrain.cli import main
 
     torch.set_num_threads(1)
+    obey_modes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, UNLIMITED))
     os.dup2(out.fileno() if terminal is None else os.open(terminal, os.O_WRONLY), 1)
     os.dup2(out.fileno(), 2)
@@ -524,6 +536,39 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_folder_that_may_not_be_written_any_more(start, write, run):
+    fit = start("fit", write(**{"checkpoint.every": 1, "checkpoint.max_failed_saves": 1000}))
+    root = run / "checkpoints"
+    fit.until(lambda: list_checkpoints(root))
+    root.chmod(0o555)
+    fit.until_it_says("could not be saved (Permission denied")
+    kept, trained = list_checkpoints(root), steps(run)[-1]
+    fit.until(lambda: steps(run)[-1] > trained + 2)  # training goes on
+    assert list_checkpoints(root) == kept and not half_written(run)
+    root.chmod(0o755)
+    fit.until(lambda: list_checkpoints(root)[-1] > kept[-1])
+    root.chmod(0o555)
+    fit.send(signal.SIGTERM)
+    assert fit.code() == 75 and "saved: step" in fit.output
+    run.chmod(0o555)
+    refused = start("fit", write())
+    assert refused.code() == 2
+    assert f"dmdtrain: output_dir: {run} can not be written: Permission denied" in refused.output
+    run.chmod(0o755)
+    kept, logged = list_checkpoints(root), lines(run)
+    for closed in (root, newest(root), newest(root) / "ema.safetensors"):
+        was = closed.stat().st_mode
+        closed.chmod(0)  # neither an empty folder nor a damaged checkpoint
+        refused = start("fit", write())
+        assert refused.code() == 2
+        assert refused.output.splitlines()[-1].endswith("can not be read: Permission denied"), refused.output
+        assert str(closed) in refused.output.splitlines()[-1]
+        closed.chmod(was)
+    assert list_checkpoints(root) == kept and lines(run) == logged
+    again = start("fit", write())
+    again.until_it_says("resumed from ")
 
 
 def test_a_file_system_that_is_full_read_only_and_gone(start, write, tmp_path):

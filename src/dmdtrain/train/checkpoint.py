@@ -18,10 +18,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,13 +53,17 @@ class SaveFailed(OSError):
     """A checkpoint could not be written; those before it are untouched."""
 
 
+class Forbidden(ConfigError):
+    """There is something, and nobody can say whether it is a good checkpoint."""
+
+
 def _step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first. One whose replacement was cut off between two renames is put back."""
-    for old in root.glob(".step-*.old"):
+    for old in _named(root, r"\.step-\d+\.old"):
         final = root / old.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
             old.rename(final)
@@ -66,18 +71,36 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def _step_folders(root: Path) -> list[Path]:
-    found = [f for f in root.glob("step-*") if re.fullmatch(r"step-\d{6,}", f.name) and f.is_dir()]
-    return sorted(found, key=_step_of)
+    return sorted((folder for folder in _named(root, r"step-\d{6,}") if folder.is_dir()), key=_step_of)
+
+
+def _named(root: Path, pattern: str) -> list[Path]:
+    """OSError where a folder is there and can not be read, which is not the same as an empty one."""
+    try:
+        return [root / name for name in os.listdir(root) if re.fullmatch(pattern, name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
-    """A run's newest undamaged checkpoint, and what is wrong with those that are newer."""
+    """A run's newest undamaged checkpoint, and what is wrong with those that are newer.
+
+    Raises:
+        Forbidden: there are some that may not be read.
+    """
+    folders: list[Path] = []
     for root in (output / WARMUP, output / CHECKPOINTS):
-        list_checkpoints(root)  # puts back what a kill left between two names
+        try:
+            list_checkpoints(root)  # puts back what a kill left between two names
+            folders += _step_folders(root)
+        except OSError as error:
+            raise Forbidden(f"output_dir: {error.filename} can not be read: {error.strerror}") from None
     damaged: dict[Path, str] = {}
-    for folder in reversed(_step_folders(output / WARMUP) + _step_folders(output / CHECKPOINTS)):
+    for folder in reversed(folders):
         try:
             check_checkpoint(folder)
+        except Forbidden:
+            raise
         except ConfigError as error:
             damaged[folder] = str(error).removeprefix(f"checkpoint: {folder}: ")
         else:
@@ -147,9 +170,10 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise SaveFailed(_reason(error)) from error
     shutil.rmtree(old, ignore_errors=True)
-    others = [folder for folder in list_checkpoints(root) if folder != final and not (folder / KEEP).exists()]
-    for stale in others[: max(0, len(others) - (keep - 1))]:
-        _remove(stale)
+    with suppress(OSError):
+        others = [folder for folder in list_checkpoints(root) if folder != final and not (folder / KEEP).exists()]
+        for stale in others[: max(0, len(others) - (keep - 1))]:
+            _remove(stale)
     return final
 
 
@@ -170,12 +194,10 @@ def _reason(error: Exception) -> str:
 def _remove(folder: Path) -> None:
     """Under another name first: a kill, or a disk that fails, leaves no folder that looks like a checkpoint."""
     doomed = folder.with_name(f".{folder.name}.removed")
-    try:
+    with suppress(OSError):  # it stays, and is removed after the next save
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-    except OSError:
-        return  # it stays, and is removed after the next save
-    shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(root: Path) -> None:
@@ -204,19 +226,20 @@ def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
     def refuse(what: str) -> ConfigError:
         return ConfigError(f"{key}: {folder}: {what}")
 
-    if not folder.is_dir():
-        raise refuse("no such folder")
-    manifest = _read_manifest(folder, refuse)
-    for name, wanted in manifest["sha256"].items():
-        file = folder / name
-        if not file.is_file():
-            raise refuse(f"{name} is missing")
-        try:
-            found = sha256(file)
-        except OSError as error:
-            raise refuse(f"{name} can not be read: {error.strerror}") from None
-        if found != wanted:
-            raise refuse(f"{name} is damaged (its checksum differs)")
+    try:
+        if not folder.is_dir():
+            raise refuse("no such folder")
+        manifest = _read_manifest(folder, refuse)
+        for name, wanted in manifest["sha256"].items():
+            file = folder / name
+            if not file.is_file():
+                raise refuse(f"{name} is missing")
+            if sha256(file) != wanted:
+                raise refuse(f"{name} is damaged (its checksum differs)")
+    except PermissionError as error:
+        raise Forbidden(f"{key}: {error.filename} can not be read: {error.strerror}") from None
+    except OSError as error:
+        raise refuse(f"{error.filename} can not be read: {error.strerror}") from None
     return manifest
 
 
@@ -226,8 +249,6 @@ def _read_manifest(folder: Path, refuse: Callable[[str], ConfigError]) -> dict[s
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise refuse(f"not a checkpoint ({MANIFEST} is missing)") from None
-    except OSError as error:
-        raise refuse(f"{MANIFEST} can not be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise refuse(f"{MANIFEST} is broken") from None
     if not isinstance(manifest, dict):
