@@ -273,6 +273,16 @@ def test_a_sampler_resumes_in_mid_epoch(drawn):
     assert whole[:7] != whole[7:14]
 
 
+def test_processes_take_the_parts_of_one_draw_and_share_a_state():
+    items = [f"prompt {i}" for i in range(7)]
+    whole, ranks = EpochSampler(items, 3), [EpochSampler(items, 3, rank, 3) for rank in range(3)]
+    for n in (1, 2, 4, 1):
+        assert [item for rank in ranks for item in rank.draw(n)] == whole.draw(3 * n)
+    states = [sampler.state_dict() for sampler in (whole, *ranks)]
+    for state in states[1:]:
+        assert all(torch.equal(state[key], value) for key, value in states[0].items())
+
+
 def test_a_state_of_64_bit_order_and_without_a_checksum_is_read():
     """As checkpoints held it before."""
     sampler = EpochSampler(list("abcde"), 1)

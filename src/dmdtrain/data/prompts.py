@@ -67,20 +67,24 @@ T = TypeVar("T")
 
 
 class EpochSampler(Generic[T]):
-    """Endless items in shuffled epochs; every item once an epoch. Its state resumes in mid-epoch."""
+    """Endless items in shuffled epochs; every item once an epoch. Its state, the same in every process, resumes in mid-epoch.
 
-    def __init__(self, items: Sequence[T], seed: int):
-        self.items = items
+    Args:
+        rank, world: this process, of so many that draw together: all take parts of the same draw.
+    """
+
+    def __init__(self, items: Sequence[T], seed: int, rank: int = 0, world: int = 1):
+        self.items, self.rank, self.world = items, rank, world
         self.generator = torch.Generator().manual_seed(seed)
         self._order, self._position = torch.empty(0, dtype=torch.int64), 0
 
     def draw(self, n: int) -> list[T]:
-        left = self._order[self._position :]
-        while len(left) < n:
+        left, together = self._order[self._position :], n * self.world
+        while len(left) < together:
             left = torch.cat([left, torch.randperm(len(self.items), generator=self.generator)])
             self._order, self._position = left, 0
-        self._position += n
-        return [self.items[i] for i in left[:n].tolist()]
+        self._position += together
+        return [self.items[i] for i in left[self.rank * n : (self.rank + 1) * n].tolist()]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Generator, what is left of the epoch, and number and SHA-256 of the items: 4 bytes an item at most."""
