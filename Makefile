@@ -35,7 +35,7 @@ test-gpu: setup
 
 # Kills 200 tiny runs at random instants, resumes them, and compares bit for bit: about a quarter of an hour on one core.
 torture: setup
-	$(BIN)/python scripts/torture.py --kills 200
+	$(BIN)/python scripts/torture.py --runs 200
 
 lint: setup
 	$(BIN)/ruff check .

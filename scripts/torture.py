@@ -2,7 +2,7 @@
 were left alone. Half of the kills are aimed at saves; about every fourth is a SIGTERM, which saves what is done
 of a step.
 
-    python scripts/torture.py --kills 200
+    python scripts/torture.py --runs 200
 
 Everything is imported once; each run is a fork. The process that forks runs no model itself.
 """
@@ -183,13 +183,13 @@ def differences(a: dict[str, object], b: dict[str, object]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="with SIGKILL; SIGTERMs are not counted")
+    parser.add_argument("--runs", type=int, default=200, help="that SIGKILL hits at least once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder to keep; default: a temporary one")
     arguments = parser.parse_args()
     root = arguments.out or Path(tempfile.mkdtemp(prefix="torture-"))
     root.mkdir(parents=True, exist_ok=True)
-    chance, hits, terms, runs, started = random.Random(arguments.seed), Counter[str](), 0, 0, time.monotonic()
+    chance, hits, terms, started = random.Random(arguments.seed), Counter[str](), 0, time.monotonic()
     wanted, seconds, configs = {}, {}, {}
     for kind in KINDS:
         configs[kind] = write_config(root, kind)
@@ -200,35 +200,34 @@ def main() -> None:
             output = root / f"{kind}-{attempt}"
             if attempt == "again":
                 shutil.copytree(root / f"{kind}-first" / "cache" / "text", output / "cache" / "text")
-            begun = time.monotonic()
+            since = time.monotonic()
             finish(configs[kind], output)
-            seconds[kind] = time.monotonic() - begun
+            seconds[kind] = time.monotonic() - since
         wanted[kind] = outcome(root / f"{kind}-first")
         if different := differences(wanted[kind], outcome(root / f"{kind}-again")):
             sys.exit(f"{kind}: two runs without a kill differ: {different}")
         print(f"{kind}: a run of {seconds[kind]:.1f} s left alone", flush=True)
-    while hits.total() < arguments.kills:
-        kind = list(KINDS)[runs % len(KINDS)]
-        output = root / f"{kind}-{runs}"
+    begun = killed = 0
+    while killed < arguments.runs:
+        kind = list(KINDS)[begun % len(KINDS)]
+        output, before = root / f"{kind}-{begun}", hits.total()
+        begun += 1
         shutil.copytree(root / f"{kind}-first" / "cache" / "text", output / "cache" / "text")
         for _ in range(chance.randint(1, 4)):
-            if hits.total() == arguments.kills:
-                break
             hit = kill_once(configs[kind], output, chance, seconds[kind])
             terms += hit == SIGTERM
             hits[f"{kind}: {hit}"] += hit not in (None, SIGTERM)
         finish(configs[kind], output)
         if different := differences(wanted[kind], outcome(output)):
             sys.exit(f"{output} differs from a run without a kill: {different[:5]} (--seed {arguments.seed})")
-        runs += 1
+        killed += hits.total() > before
         shutil.rmtree(output)
-        print(f"{hits.total()} kills and {terms} SIGTERMs in {runs} runs, all equal", flush=True)
+        print(f"{hits.total()} kills and {terms} SIGTERMs, {killed} runs killed, all equal", flush=True)
     for where, count in sorted((+hits).items()):
         print(f"{count:5} {where}")
     seconds_in_all = time.monotonic() - started
-    print(
-        f"{hits.total()} kills and {terms} SIGTERMs in {runs} runs in {seconds_in_all:.0f} s: all came to the same bits"
-    )
+    told = f"{hits.total()} kills and {terms} SIGTERMs, {killed} runs killed, in {seconds_in_all:.0f} s"
+    print(f"{told}: all came to the same bits")
     if arguments.out is None:
         shutil.rmtree(root)
 
