@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import math
 import shutil
@@ -30,7 +31,7 @@ from dmdtrain.train.checkpoint import (
     write_checkpoint,
 )
 from dmdtrain.train.fit import check_output, fit, pick_checkpoint
-from dmdtrain.train.log import MetricsLog
+from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.saver import SavesFailed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +130,23 @@ def test_a_checkpoint_marked_by_its_user_stays_and_is_not_counted(tmp_path):
     assert names(tmp_path) == ["step-000002"]
     write(tmp_path, 10, keep=1)
     assert names(tmp_path) == ["step-000002", "step-000010"]
+
+
+def test_a_mark_that_comes_while_a_step_is_replaced_stays(tmp_path, monkeypatch):
+    folder = write(tmp_path, 2)
+    sync = checkpoints._sync
+
+    def marked(path: Path) -> None:
+        (folder / "KEEP").touch()
+        sync(path)
+
+    monkeypatch.setattr(checkpoints, "_sync", marked)
+    (folder / "state.json").write_text("other")
+    write(tmp_path, 2)
+    monkeypatch.undo()
+    check_checkpoint(folder)
+    write(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step-000002", "step-000004"]
 
 
 def test_sizes_are_in_the_manifest(tmp_path):
@@ -437,6 +455,7 @@ def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
     shutil.copytree(root / "step-000004", root / ".step-000012.partial")
     shutil.copytree(root / "step-000004", root / "step-000014")
     (root / "step-000014" / "manifest.json").unlink()
+    shutil.copytree(root / "step-000004", root / "step-000016")  # by hand
     assert find_resume(config, "auto") == root / "step-000010"
     # Damaged ones are passed over, and told of, as long as an undamaged one is left.
     (root / "step-000010" / "state.json").write_text("{}")
@@ -445,6 +464,7 @@ def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
     assert (found, damaged) == (
         root / "step-000004",
         {
+            root / "step-000016": "it is of step 4",
             root / "step-000014": "not a checkpoint (manifest.json is missing)",
             root / "step-000010": "state.json is damaged (its checksum differs)",
         },
@@ -452,9 +472,7 @@ def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
     for step in (2, 4):
         (root / f"step-{step:06d}" / "state.json").write_text("{}")
     line = refusal(find_resume, config, "auto")
-    assert line.startswith(
-        f"--resume: {root / 'step-000014'}: not a checkpoint (manifest.json is missing); no undamaged"
-    )
+    assert line.startswith(f"--resume: {root / 'step-000016'}: it is of step 4; no undamaged")
 
 
 def test_resume_never_refuses_a_run(run, settings_of_a_run, tmp_path):
@@ -590,6 +608,13 @@ def log_steps(output: Path, first: int, last: int) -> None:
     log.close()
 
 
+def test_metrics_of_which_nothing_is_dropped_are_not_written_again(tmp_path):
+    log_steps(tmp_path, 0, 5)
+    before = (tmp_path / "metrics.jsonl").stat()
+    log_steps(tmp_path, 5, 5)
+    assert (tmp_path / "metrics.jsonl").stat() == before
+
+
 def test_metrics_after_the_step_are_dropped(tmp_path):
     log_steps(tmp_path, 0, 5)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
@@ -643,6 +668,22 @@ def test_a_tracker_that_does_not_work_is_told_once_and_stops_nothing(tmp_path, m
     assert lines_of(tmp_path) == [{"step": 1, "critic_loss": 0.5}, {"step": 2, "critic_loss": 0.5}]
     (line,) = printed.getvalue().splitlines()
     assert line.startswith("tensorboard can not be written (ModuleNotFoundError: import of ") and "goes on" in line
+
+
+def test_progress_within_a_step_and_after_it(monkeypatch):
+    clock = itertools.count(0, 11)  # seconds; what is not a terminal gets a line after ten
+    monkeypatch.setattr("dmdtrain.train.log.time.monotonic", lambda: next(clock))
+    printed = io.StringIO()
+    with Live(3, 0, Console(file=printed, width=500), unit="video") as live:
+        live.within("step 1/2")
+        live.step(1, "")
+        live.within("step 1/2")
+        live.step(3, "")
+    first, second, third, last = printed.getvalue().splitlines()
+    assert first.split() == ["video", "0/3", "step", "1/2"]
+    assert second.startswith("video 1/3  22.00 s/video  0:00:44 left"), second
+    assert third.startswith("video 1/3  step 1/2 22.00 s/video  0:00:44 left"), third
+    assert last.startswith("video 3/3  ") and last.endswith("0:00:00 left"), last
 
 
 # ---------------------------------------------------------------------------------------------------- a whole run

@@ -41,7 +41,7 @@ def load_text(tmp_path):
 
 @pytest.fixture
 def refusal(load_text, tmp_path):
-    """The one-line message, without the file's name in front, with which YAML text is refused."""
+    """The one-line message, without what it is about in front, with which YAML text is refused."""
 
     def run(text: str, *overrides: str) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -49,7 +49,7 @@ def refusal(load_text, tmp_path):
         message = str(caught.value)
         assert len(message.splitlines()) == 1, message
         assert "pydantic" not in message
-        return message.removeprefix(f"{tmp_path / 'run.yaml'}: ")
+        return message.removeprefix(f"{tmp_path / 'run.yaml'}: ").removeprefix("--set: ")
 
     return run
 
@@ -108,6 +108,7 @@ CHANGED = {
     "warmup.data": "latents",
     "warmup.num_samples": 64,
     "warmup.teacher_steps": 20,
+    "warmup.context_gradient": False,
     "warmup.timestep_shift": 8.0,
     "data.prompts": "prompts.txt",
     "data.prompt_column": "caption",
@@ -821,6 +822,19 @@ def test_files_that_can_not_be_read(tmp_path):
 )
 def test_bad_overrides(refusal, override, says):
     assert refusal("train: {max_steps: 9}\noutput_dir: here", override).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "says"),
+    [
+        ("train: {max_steps: 0}", "train.seed=3", "run.yaml: train.max_steps: 0: it must"),
+        ("train: {max_steps: 9}", "train.max_steps=0", "--set: train.max_steps: 0: it must"),
+        ("train: {max_steps: 9}", "a.b.c=1", "--set: a: unknown key"),
+    ],
+)
+def test_who_made_the_mistake(load_text, text, override, says):
+    with pytest.raises(ConfigError, match=f"(^|/){says}"):
+        load_text(text, override)
 
 
 # ---------------------------------------------------------------------------------------------------- going on

@@ -522,12 +522,29 @@ MOMENTS: dict[str, Callable[[dict], dict]] = {
     "nan": with_value(math.nan),
     "missing": lambda t: {k: v for k, v in t.items() if k != first(t)},
     "whole numbers": lambda t: {k: v.long() for k, v in t.items()},
+    "negative squares": lambda t: {k: -1 - v if "exp_avg_sq" in k else v for k, v in t.items()},
+    "negative steps": lambda t: {k: -v if k.endswith("step") else v for k, v in t.items()},
 }
 
 
 @pytest.mark.parametrize("case", MOMENTS)
 def test_moments_of_another_size(case, damage, trained, tmp_path):
     all_refuse(damage(on_tensors("optimizer_fake_score")(MOMENTS[case])), trained, tmp_path, ["auto"])
+
+
+@pytest.mark.parametrize(("number", "value"), [("betas", 5.0), ("eps", 1e3), ("weight_decay", -7.0)])
+def test_numbers_of_an_optimizer_that_are_not_the_configurations(number, value, damage, trained, tmp_path):
+    def edit(ckpt: Path) -> None:
+        file = ckpt / "optimizer_student.json"
+        text = file.read_text()
+        tree = json.loads(text)
+        group = next(value for key, value in tree["dict"] if key == "param_groups")["list"][0]
+        entry = next(pair for pair in group["dict"] if pair[0] == number)
+        entry[1] = {"value": value} if number != "betas" else {"tuple": [{"value": value}, {"value": 0.999}]}
+        file.write_text(json.dumps(tree))
+        signed(ckpt)
+
+    all_refuse(damage(edit), trained, tmp_path, ["auto"], says=f"{number} is ")
 
 
 def test_a_moment_that_every_parameter_lacks(damage, trained, tmp_path):

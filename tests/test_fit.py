@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from conftest import done, refused
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
@@ -45,12 +48,29 @@ def test_whole_road(run_cli, config_file, tmp_path):
     assert (run / "samples" / "step-000004" / "contact_sheet.png").stat().st_size > 500
     assert len(list((run / "samples" / "step-000004").glob("*.mp4"))) == 2
     ckpt = run / "checkpoints" / "step-000004"
-    assert run_cli("validate", "--ckpt", ckpt, "--compare-teacher", "--teacher-steps", 2).exit_code == 0
-    assert run_cli("generate", "--ckpt", ckpt, "a red cat", "--out", tmp_path / "one.mp4").exit_code == 0
+    validated = run_cli("validate", "--ckpt", ckpt, "--compare-teacher", "--teacher-steps", 2)
+    assert validated.exit_code == 0 and [n in validated.stdout for n in ("step 2/2 ", "step 3/3 ")] == [True, True]
+    generated = run_cli("generate", "--ckpt", ckpt, "a red cat", "--out", tmp_path / "one.mp4")
+    assert generated.exit_code == 0 and "step 3/3 " in generated.stdout
     assert (tmp_path / "one.mp4").stat().st_size > 200
     assert run_cli("export-lora", "--ckpt", ckpt, "--out", tmp_path / "lora.safetensors").exit_code == 0
     assert (tmp_path / "lora_scheduler" / "scheduler_config.json").exists()
     assert torch.isfinite(torch.tensor([line["critic_loss"] for line in lines])).all()
+
+
+def test_a_base_with_other_weights_is_another_model(settings, wan_folder, tmp_path):
+    base = shutil.copytree(wan_folder, tmp_path / "base")
+    settings["model"]["base"] = str(base)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    done("fit", file, "--max-steps", 2)
+    (weights,) = (base / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("ffn.net.2.weight"))
+    save_file(tensors | {name: 2 * tensors[name]}, weights, metadata={"format": "pt"})
+    refused("fit", file, says=[f"model.base: {base} has other weights than when", "step-000002 was saved"])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done("fit", file)
 
 
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, config_file, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "dmdtrain"
 # A part imports from layers below its own, and from itself.
 LAYERS = [
-    {"flow", "files", "packing", "strict_yaml"},
+    {"flow", "files", "packing", "prompt_library", "strict_yaml"},
     {"config"},
     {"dmd", "miniature", "reference", "simpletuner"},
     {"models", "rollout", "data"},

@@ -398,7 +398,7 @@ def test_validation_on_clips_that_are_kept_from_training(resolve, causal):
         clean = trainer.real.clips.cache.read([trainer.real.clips.names[sample]])
         context = trainer.text.get([sample.caption])
         batch = draw_warmup(run.config, run.timesteps, run.flow_shift, context, clean, None, generator)
-        wanted.append(float(warmup_backward(trainer.roles, run.config.rollout, batch, 1.0, nullcontext)["warmup_loss"]))
+        wanted.append(float(warmup_backward(trainer.roles, run.config, batch, 1.0, nullcontext)["warmup_loss"]))
     assert loss == trainer.held_out.loss(lambda: None) == pytest.approx(sum(wanted) / 2, rel=1e-5)
     with torch.no_grad():
         for parameter in trainer.roles.parameters("student"):

@@ -13,6 +13,7 @@ from clip_files import write_clip
 from conftest import done, refused, run_cli
 
 from dmdtrain.config import Config, load
+from dmdtrain.prompt_library import LIBRARY
 from dmdtrain.simpletuner import tables
 from dmdtrain.simpletuner.keys import known
 from dmdtrain.simpletuner.translation import LISTS
@@ -252,6 +253,7 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ),
         ({"peft_lora_target_modules": "to_q, to_v"}, "student.targets", ["to_q", "to_v"]),
         ({"validation_prompt_library": False}, "validation.prompts", [QUICKSTART["validation_prompt"]]),
+        ({"validation_prompt": ..., "validation_prompt_library": True}, "validation.prompts", list(LIBRARY)),
         ({"validation_resolution": "832x480,1280x720"}, "validation.resolution", "832x480"),
         (distil(num_training_frames=28), "rollout.num_training_frames", 27),
         (distil(num_training_frames=28, independent_first_frame=True), "rollout.num_training_frames", 28),

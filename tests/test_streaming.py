@@ -178,14 +178,14 @@ def test_a_longer_video_begins_as_the_shorter_one(renderers, name):
 
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_videos_are_the_decoded_latents(renderers, name, monkeypatch):
-    renderer, shape, counts = renderers[name], shape_of(name, 3), []
+    renderer, shape, ticks = renderers[name], shape_of(name, 3), []
     latents = renderer.student(PROMPTS, SEED, shape, STEPS)
     assert latents.shape == (3, *shape)
     # Batches of two prompts: 2 x 2 tokens a frame.
     monkeypatch.setattr(render, "BATCH_TOKENS", 2 * 4 * shape[1])
-    videos = renderer.student_videos(PROMPTS, SEED, shape, STEPS, on_block=counts.append)
+    videos = renderer.student_videos(PROMPTS, SEED, shape, STEPS, 1.0, "", lambda: ticks.append(None))
     blocks = 1 if name == "bidirectional" else 3 + (name == "first frame")
-    assert counts == [2] * blocks + [1] * blocks
+    assert len(ticks) == renderer.student_steps(3, shape, STEPS) == 2 * blocks * len(STEPS)
     assert videos.shape == (3, 3, 4 * shape[1] - 3, 32, 32)
     torch.testing.assert_close(videos, renderer.decode(latents), atol=2e-5, rtol=0)
 

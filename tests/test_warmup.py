@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dmdtrain.config import Config, build
 from dmdtrain.data.latents import LatentFolder, read_latents
 from dmdtrain.flow import shift_timestep
-from dmdtrain.models import encode
+from dmdtrain.models import causal, encode
 from dmdtrain.models.causal import CausalView, KVCache
 from dmdtrain.models.roles import AdapterSpec, Roles
 from dmdtrain.train import setup, trainer
@@ -264,7 +264,7 @@ def test_the_loss_is_that_of_the_rollouts_own_passes(kind, options):
     """Block by block through a cache that holds what is seen: what one pass over [seen | noisy] stands for."""
     config = config_of(kind, **options)
     roles, batch = wide_roles(), wide_batch(config, 2)
-    loss = warmup_backward(roles, config.rollout, batch, 1.0, nullcontext)["warmup_loss"]
+    loss = warmup_backward(roles, config, batch, 1.0, nullcontext)["warmup_loss"]
     cache = KVCache(options.get("local_attention_frames"), options.get("sink_frames", 0))
     context_timestep = torch.full((2,), float(options.get("context_noise", 0)), dtype=torch.float64)
     flows = []
@@ -286,6 +286,40 @@ def test_the_loss_is_that_of_the_rollouts_own_passes(kind, options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"context_noise": 150, "local_attention_frames": 3, "sink_frames": 1}], ids=["all", "window"]
+)
+def test_block_by_block_only_the_gradient_of_the_context_is_missing(kind, options, monkeypatch):
+    config = config_of(kind, **options)
+    roles, batch = wide_roles(), wide_batch(config, 2)
+
+    def gradients(context_gradient: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        warmup = config.warmup.model_copy(update={"context_gradient": context_gradient})
+        chosen = config.model_copy(update={"warmup": warmup})
+        loss = float(warmup_backward(roles, chosen, batch, 0.5, nullcontext)["warmup_loss"])
+        found = {name: p.grad.clone() for name, p in roles.named_parameters("student").items()}
+        for p in roles.parameters("student"):
+            p.grad = None
+        return loss, found
+
+    whole_loss, whole = gradients(True)
+    loss, found = gradients(False)
+
+    def of_constant_context(stock, view, query, *read):
+        half = query.shape[1] // 2
+        return in_one_pass(stock, view, query, *(torch.cat([x[:, :half].detach(), x[:, half:]], 1) for x in read))
+
+    in_one_pass = causal._teacher_forcing
+    monkeypatch.setattr(causal, "_teacher_forcing", of_constant_context)
+    _, wanted = gradients(True)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    for name, gradient in wanted.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert any((whole[name] - found[name]).norm() > 0.01 * found[name].norm() for name in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_add_up_to_the_whole(kind):
     config = config_of(kind, context_noise=100)
     roles, batch = wide_roles(), wide_batch(config, 4)
@@ -295,7 +329,7 @@ def test_micro_batches_add_up_to_the_whole(kind):
         for part in parts:
             share = (part.stop - part.start) / 4
             rows = batch.rows(part.start, part.stop)
-            loss += share * float(warmup_backward(roles, config.rollout, rows, share, nullcontext)["warmup_loss"])
+            loss += share * float(warmup_backward(roles, config, rows, share, nullcontext)["warmup_loss"])
         parameters = roles.named_parameters("student")
         found = {name: p.grad for name, p in parameters.items()}
         for p in parameters.values():
@@ -336,7 +370,7 @@ def test_the_loss_falls_on_a_fixed_batch(make, data, tmp_path, kind):
         generator, losses = torch.Generator().manual_seed(77), []
         for _ in range(8):
             batch = draw_warmup(warmup.config, STEPS, 3.0, context, clean, states, generator)
-            stats = warmup_backward(warmup.roles, warmup.config.rollout, batch, 0.0, nullcontext)
+            stats = warmup_backward(warmup.roles, warmup.config, batch, 0.0, nullcontext)
             losses.append(float(stats["warmup_loss"]))
         warmup.optimizer.zero_grad(set_to_none=True)
         return sum(losses) / len(losses)

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,8 +82,8 @@ def _console() -> Console:
 
 
 class _Output:
-    """Standard output. Lines that a full disk does not take are lost, characters that a terminal does not know are replaced;
-    the command goes on."""
+    """Standard output. Lines that a full disk or a closed pipe does not take are lost, characters that a terminal does not know
+    are replaced; the command goes on."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stdout, name)
@@ -93,18 +93,12 @@ class _Output:
             return sys.stdout.write(text)
         except UnicodeEncodeError:
             return sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
-        except BrokenPipeError:
-            raise
         except OSError:
             return len(text)
 
     def flush(self) -> None:
-        try:
+        with suppress(OSError):
             sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:
-            pass
 
 
 @app.command()
@@ -342,8 +336,9 @@ def config_show(
         from dmdtrain.config import build, read
         from dmdtrain.reference import show
 
-        values, origins = read(config, list(set_ or []))
-        typer.echo(show(build(values, str(config)), origins), nl=False)
+        overrides = list(set_ or [])
+        values, origins = read(config, overrides)
+        typer.echo(show(build(values, str(config), overrides), origins), nl=False)
 
 
 @config_app.command("schema")

@@ -10,6 +10,7 @@ import errno
 import math
 import re
 import reprlib
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -426,6 +427,9 @@ class Warmup(Group):
     """Teacher videos that fit makes."""
     teacher_steps: Count = 50
     """Steps of the teacher in them."""
+    context_gradient: bool = True
+    """Gradient also reaches what the context is read through, here and in the loss on real clips, in one pass over the video's
+    context and its noisy frames. false: block by block through the KV cache, as in DMD; the same loss, the memory of a block."""
     timestep_shift: Positive | None = None
     """teacher_forcing: shift of the noise levels, one a block. None: model.flow_shift."""
 
@@ -612,8 +616,9 @@ class Validation(Group):
 
     every: CountOrZero = 200
     """Steps; 0: never."""
-    prompts: PathText | list[str] = "wan-tiny"
-    """File as `data.prompts`, list of prompts, or `wan-tiny`: the miniature's held-out captions."""
+    prompts: PathText | list[str] | None = None
+    """File as `data.prompts`, list of prompts, `library`: twelve varied ones that come with dmdtrain, or `wan-tiny`: the
+    miniature's held-out captions. None: `wan-tiny` where that is model.base, else `library`."""
     count: Count = 8
     """At most so many of them."""
     num_frames: Annotated[int, Field(le=MOST)] = 81
@@ -918,15 +923,21 @@ def _describe(error: Any) -> str:
     return f"{key or 'a key'}: {_short(value)}: {wanted}"
 
 
-def build(values: dict[str, Any], source: str = "config") -> Config:
-    """A checked `Config`, or ConfigError with one line for the first thing that is wrong."""
+def build(values: dict[str, Any], source: str = "config", overrides: Sequence[str] = ()) -> Config:
+    """A checked `Config`, or ConfigError with one line for the first thing that is wrong.
+
+    The line begins with `source`, or with `--set` where one of the `overrides` gave the key.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
         others = len({tuple(_where(error)) for error in errors}) - 1
         more = f" ({others} more)" if others else ""
-        raise ConfigError(f"{source}: {_describe(errors[0])}{more}") from None
+        said = _describe(errors[0])
+        if any(f"{_key_of(override)}.".startswith(f"{said.partition(':')[0]}.") for override in overrides):
+            source = "--set"
+        raise ConfigError(f"{source}: {said}{more}") from None
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -940,7 +951,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies `key=value` overrides (values are YAML, but for output_dir's)."""
-    return build(read(path, overrides)[0], str(path))
+    return build(read(path, overrides)[0], str(path), overrides or ())
 
 
 def read(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -961,7 +972,7 @@ def read(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str
     origins = {key: "file" for key in known_keys() if _given(values, key)}
     for override in overrides or []:
         _apply(values, override)
-        changed = override.partition("=")[0].strip()
+        changed = _key_of(override)
         for key in known_keys():
             if key == changed or key.startswith(f"{changed}."):  # a group is replaced as a whole
                 origins.pop(key, None)
@@ -973,6 +984,10 @@ def _given(values: dict[str, Any], key: str) -> bool:
     group, _, name = key.rpartition(".")
     inner = values.get(group) if group else values
     return isinstance(inner, dict) and name in inner
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

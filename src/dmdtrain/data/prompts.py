@@ -15,6 +15,7 @@ from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import OtherItems
 from dmdtrain.data.prompt_files import clean, read_file
 from dmdtrain.miniature.clips import split_captions
+from dmdtrain.prompt_library import LIBRARY
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Prompts:
 
 
 def read_prompts(source: str | list[str], key: str, *, held_out: bool, column: str | None = None) -> Prompts:
-    """Prompts of a file (see `prompt_files`), of a list, or the miniature's captions.
+    """Prompts of a file (see `prompt_files`), of a list, the miniature's captions, or for validation `LIBRARY`.
 
     Args:
-        held_out: of `wan-tiny`'s captions, those that are kept for validation. column: of a table, as `data.prompt_column`.
+        held_out: those of validation: `wan-tiny`'s captions that are not trained on. column: of a table, as `data.prompt_column`.
 
     Raises:
         ConfigError: naming `key`, where they can not be read or there is none.
@@ -45,6 +46,8 @@ def read_prompts(source: str | list[str], key: str, *, held_out: bool, column: s
     if source == "wan-tiny":
         training, validation = split_captions()
         return Prompts([str(caption) for caption in (validation if held_out else training)])
+    if source == "library" and held_out:
+        return Prompts(list(LIBRARY))
     if isinstance(source, str):
         try:
             source = read_file(Path(source).expanduser(), column)

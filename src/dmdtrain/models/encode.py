@@ -19,7 +19,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from dmdtrain.config import ConfigError
 from dmdtrain.models.offload import to_device
 from dmdtrain.models.shards import Shards
-from dmdtrain.models.wan import WanFolder, load_text_encoder
+from dmdtrain.models.wan import WanFolder, load_text_encoder, update_with_weights
 
 # A file of embeddings ends at the first of these; a kill costs what is not in one yet.
 SHARD_PROMPTS, SHARD_BYTES, SHARD_SECONDS = 256, 256 << 20, 60
@@ -179,13 +179,7 @@ def encoder_digest(folder: WanFolder) -> str:
     for file in sorted((folder.path / "tokenizer").iterdir()):
         if file.is_file() and not file.name.startswith("."):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
-    for file in sorted((folder.path / "text_encoder").glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with file.open("rb") as handle:
-            for offset in range(0, size, max(4096, size // 256)):
-                handle.seek(offset)
-                digest.update(handle.read(4096))
+    update_with_weights(digest, folder.path / "text_encoder")
     return digest.hexdigest()
 
 

@@ -100,17 +100,17 @@ class Shards:
                 with safe_open(row.file, "pt") as handle:
                     tensor = handle.get_tensor(name).clone()  # else it would hold the whole file's memory map
                 return tensor if row.packed is None else unpack(tensor, *row.packed)
-            except FileNotFoundError:  # someone deleted it; what he needs still is in another one
-                gone = row.file
-                self.refresh()
-                if retry or name not in self.rows:
-                    raise ConfigError(f"{self.key}: {gone} has gone; the same command makes it again") from None
-                row = self.rows[name]
             except (SafetensorError, OSError, ValueError, RuntimeError, zlib.error) as error:
-                raise ConfigError(
-                    f"{self.key}: {row.file} is damaged: {str(error).splitlines()[0]}; dmdtrain prepare CONFIG --verify "
-                    "makes its content again"
-                ) from None
+                if row.file.exists():
+                    raise ConfigError(
+                        f"{self.key}: {row.file} is damaged: {str(error).splitlines()[0]}; dmdtrain prepare CONFIG --verify "
+                        "makes its content again"
+                    ) from None
+            gone = row.file  # someone deleted it; what he needs still is in another one
+            self.refresh()
+            if retry or name not in self.rows:
+                raise ConfigError(f"{self.key}: {gone} has gone; the same command makes it again")
+            row = self.rows[name]
         raise AssertionError
 
     # ------------------------------------------------------------------------------------------------ writing

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dmdtrain.prompt_library import LIBRARY
 from dmdtrain.simpletuner import clips, tables
 from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, read_json
 
@@ -244,7 +245,7 @@ def _prompt_library(made: Translation, value: Any, source: str) -> None:
     if value is False:
         made.say(SAME, source, "no library of prompts")
     elif value is True:
-        made.say(NO_MEANING, source, "there is no built-in library of prompts: list them in validation.prompts")
+        made.put("validation.prompts", [*made.values.get("validation.prompts", []), *LIBRARY], source)
     elif (file := made.find(str(value))) is None:
         made.say(REFUSED, source, "no such file: put its prompts into validation.prompts")
     else:

@@ -33,6 +33,7 @@ from dmdtrain.train.step import (
     num_draws,
     student_denoiser,
 )
+from dmdtrain.train.warmup_step import WarmupBatch, warmup_backward
 
 
 class LiveBytes(TorchDispatchMode):
@@ -119,6 +120,7 @@ class Measured:
     items: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    teacher_host: int = 0  # of a teacher of its own, part of `host`
 
 
 def measure(run: Run, num_layers: int) -> Measured:
@@ -133,11 +135,15 @@ def measure(run: Run, num_layers: int) -> Measured:
         modules = {id(role.module): role.module for role in roles.roles.values()}
         for module in modules.values():
             _materialise(module)
+            before = live.host
             if config.model.offload_blocks:
                 offload.stream_blocks(module, torch.device("cpu"))
+            if module is teacher:
+                found.teacher_host = live.host - before
         trained = {name: roles.parameters(name) for name in ("student", "fake_score")}
         sizes = {name: sum(p.numel() * p.element_size() for p in found) for name, found in trained.items()}
-        items["teacher"] = 0 if teacher is None else sum(p.numel() * p.element_size() for p in teacher.parameters())
+        held = () if teacher is None else (*teacher.parameters(), *teacher.buffers())
+        items["teacher"] = sum(t.numel() * t.element_size() for t in held)
         items["base"] = live.now - sum(sizes.values()) - items["teacher"]
         for name, size in sizes.items():
             items[f"{name} weights"] = size
@@ -161,12 +167,32 @@ def measure(run: Run, num_layers: int) -> Measured:
         context = torch.empty(n, *_context(run))
         peaks = PeakPhases(live, found.phases)
         distiller.phases = peaks  # type: ignore[assignment]
+
+        def accumulated(name: str) -> None:
+            """What earlier micro-batches of an update left."""
+            if config.train.gradient_accumulation > 1:
+                for parameter in trained[name]:
+                    parameter.grad = torch.empty_like(parameter)
+
+        accumulated("student")
         _, videos = distiller.student_backward(context, draws)
+        if config.dmd.real_data_loss_weight:
+            with peaks("real_data"):
+                _teach(run, distiller, flow=True)
         for parameter in trained["student"]:
             parameter.grad = None
+        accumulated("fake_score")
         distiller.critic_backward(context, draws, x0=videos)  # a rollout of its own would be like the student's
         for parameter in trained["fake_score"]:
             parameter.grad = None
+        if config.warmup.kind != "none":
+            accumulated("student")
+            with peaks("warm-up"):
+                _teach(run, distiller, flow=config.warmup.kind == "teacher_forcing")
+            for parameter in trained["student"]:
+                parameter.grad = None
+            # The fake score has no moments yet.
+            found.phases["warm-up"] = max(0, found.phases["warm-up"] - items.get("fake_score optimizer", 0))
         if config.validation.every:
             # The average takes the place of the student's own weights, which are kept meanwhile.
             kept = torch.empty(sizes["student"], dtype=torch.uint8)
@@ -174,6 +200,16 @@ def measure(run: Run, num_layers: int) -> Measured:
             del kept
     found.host = live.host_peak + paged
     return found
+
+
+def _teach(run: Run, distiller: Distiller, *, flow: bool) -> None:
+    """A micro-batch of the warm-up, or of the loss on real clips. flow: its target, else x0."""
+    config, (channels, _, *size) = run.config, run.latent_shape
+    n, frames = config.train.batch_size, config.rollout.warmup_frames
+    clean, seen, noisy, target = (torch.empty(n, channels, frames, *size) for _ in range(4))
+    timestep, context = torch.full((n, frames), 500.0), torch.empty(n, *_context(run))
+    batch = WarmupBatch(context, clean, seen, noisy, timestep, target if flow else None)
+    warmup_backward(distiller.roles, config, batch, 1.0, distiller.autocast)
 
 
 @torch.no_grad()
@@ -210,7 +246,7 @@ def _validate(run: Run, distiller: Distiller, peaks: PeakPhases) -> None:
     if tiled:
         del blocks, denoise
         factor = run.base.spatial_factor
-        tile = torch.empty(1, channels, 3, *(256 // factor for _ in size))
+        tile = torch.empty(1, channels, 3, *(min(256 // factor, edge) for edge in size))
         with peaks("decoding"):
             # All tiles' frames, which overlap by a quarter of each edge, and the frames that are put together of them.
             pixels = 3 * (4 * num_frames - 3) * size[0] * size[1] * factor**2

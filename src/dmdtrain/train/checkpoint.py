@@ -98,7 +98,9 @@ def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         try:
-            check_checkpoint(folder)
+            step = check_checkpoint(folder).get("step")
+            if step != _step_of(folder):
+                raise ConfigError(f"it is of step {step}")
         except Forbidden:
             raise
         except ConfigError as error:
@@ -144,7 +146,10 @@ def write_checkpoint(
     partial, old = root / f".{final.name}.partial", root / f".{final.name}.old"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not root.exists():
+            root.mkdir(parents=True)
+            _sync(root.parent)
+        partial.mkdir()
         _check_room(root, tensors)
         for stem, content in tensors.items():
             save_file(_separate(content), partial / f"{stem}.safetensors")
@@ -169,6 +174,9 @@ def write_checkpoint(
             old.rename(final)
         shutil.rmtree(partial, ignore_errors=True)
         raise SaveFailed(_reason(error)) from error
+    with suppress(OSError):
+        if (old / KEEP).exists():  # since the new one was begun
+            (final / KEEP).touch()
     shutil.rmtree(old, ignore_errors=True)
     with suppress(OSError):
         others = [folder for folder in list_checkpoints(root) if folder != final and not (folder / KEEP).exists()]
@@ -425,6 +433,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
             numbers = [[type(item) in (int, float) for item in items] for items in both]
             if numbers[0] != numbers[1]:
                 raise ValueError(f"{key} is {read[key]!r}, this run's is {value!r}")
+            if key in ("betas", "eps", "weight_decay") and both[0] != both[1]:
+                raise ValueError(f"{key} is {read[key]!r}, this run's is {value!r}")
         if read["params"] != own["params"]:
             raise ValueError("it is the state of other parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -461,6 +471,8 @@ def _check_moment(key: str, value: torch.Tensor, parameter: torch.nn.Parameter) 
         shape = torch.Size([-(-parameter.numel() // 256)])
     else:
         shape = parameter.shape
+    if key in ("step", "exp_avg_sq") and bool((value < 0).any()):
+        raise ValueError(f"{key} is negative")
     if value.shape != shape:
         raise ValueError(f"{key} is {list(value.shape)} for a parameter of {list(parameter.shape)}")
     quantized = value.dtype == torch.uint8 and key.startswith("state")

@@ -20,7 +20,6 @@ from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, file_of, has_file, read_json
 from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer, decode_tiled
-from dmdtrain.train.step import block_layout
 from dmdtrain.train.validation import Mp4Writer, write_samples
 
 
@@ -61,23 +60,11 @@ def _shape(run: setup.Run, frames: int | None) -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def _blocks_live(
-    run: setup.Run, shape: tuple[int, ...], videos: int, console: Console
-) -> Iterator[Callable[[int], None]]:
-    """Progress in finished blocks of all videos; none where every video is a single block."""
-    blocks = len(block_layout(run.config.rollout, shape[1]).sizes)
-    if blocks == 1:
-        yield lambda count: None
-        return
-    done = 0
-    with Live(videos * blocks, 0, console, unit="block") as live:
-
-        def on_block(count: int) -> None:
-            nonlocal done
-            done += count
-            live.step(done, "")
-
-        yield on_block
+def _steps_live(total: int, console: Console) -> Iterator[Callable[[], None]]:
+    """Progress in denoising steps of batches; what it gives is called after each."""
+    with Live(total, 0, console) as live:
+        done = itertools.count(1)
+        yield lambda: live.step(next(done), "")
 
 
 def _make_folder(folder: Path, key: str) -> None:
@@ -114,9 +101,7 @@ def validate(
     if prompts is not None:
         texts = load_prompts(str(prompts), "--prompts", held_out=True, column=run.config.data.prompt_column)
     elif count is not None:
-        texts = load_prompts(
-            settings.prompts, "validation.prompts", held_out=True, column=run.config.data.prompt_column
-        )
+        texts = setup.all_validation_prompts(run.config)
     texts = texts[:count]
     seed = settings.seed if seed is None else seed
     weights = _pick_weights(ckpt, weights)
@@ -133,14 +118,16 @@ def validate(
         name = f"teacher {teacher_steps} steps"
         console.print(f"teacher: {len(texts)} videos in {teacher_steps} steps, guidance {guidance:g}", soft_wrap=True)
         started = time.monotonic()
-        latents = renderer.teacher(texts, seed, shape, teacher_steps, guidance, settings.negative_prompt)
+        with _steps_live(len(renderer.batches(len(texts), shape)) * teacher_steps, console) as on_step:
+            latents = renderer.teacher(texts, seed, shape, teacher_steps, guidance, settings.negative_prompt, on_step)
         facts["seconds"][name] = round(time.monotonic() - started, 2)
         columns[name] = renderer.decode(latents)
     console.print(f"student ({weights}): {len(texts)} videos in {len(timesteps)} steps", soft_wrap=True)
     started = time.monotonic()
-    options = (settings.guidance_scale, settings.negative_prompt)
-    with _blocks_live(run, shape, len(texts), console) as on_block:
-        columns["student"] = renderer.student_videos(texts, seed, shape, timesteps, *options, on_block=on_block)
+    with _steps_live(renderer.student_steps(len(texts), shape, timesteps), console) as on_step:
+        columns["student"] = renderer.student_videos(
+            texts, seed, shape, timesteps, settings.guidance_scale, settings.negative_prompt, on_step
+        )
     facts["seconds"]["student"] = round(time.monotonic() - started, 2)
     results = write_samples(folder, columns, texts, facts, settings.fps)
     for name, scores in results["scores"].items():
@@ -161,23 +148,20 @@ def generate(
     shape = _shape(run, frames)
     renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights))
     _make_folder(out.parent, "--out")
-    settings = run.config.validation
-    blocks = renderer.student_blocks(
-        [prompt], [seed], shape, run.validation_timesteps, settings.guidance_scale, settings.negative_prompt
-    )
+    settings, timesteps = run.config.validation, run.validation_timesteps
     tiled = decode_tiled(run, shape)
     with (
-        _blocks_live(run, shape, 1, console) as on_block,
+        _steps_live(renderer.student_steps(1, shape, timesteps), console) as on_step,
         renderer.codec() as vae,
         Mp4Writer(out, settings.fps) as writer,
     ):
         decoder, latents = StreamDecoder(vae), []
-        for block in blocks:
+        options = (settings.guidance_scale, settings.negative_prompt, on_step)
+        for block in renderer.student_blocks([prompt], [seed], shape, timesteps, *options):
             if tiled:
                 latents.append(block)
             else:
                 writer.write(decoder(block)[0].cpu())
-            on_block(1)
         if tiled:
             writer.write(decode_latents(vae, torch.cat(latents, 2), tiled=True)[0].cpu())
     console.print(f"wrote {out}", soft_wrap=True)

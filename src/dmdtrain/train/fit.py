@@ -88,6 +88,7 @@ def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], rep
     if config.warmup.kind != "none" and (checkpoint is None or warming):
         warmup = Warmup(run, trainer.renderer, console, trainer.clips, reports)
     if checkpoint is not None:  # before anything is written: what can not be loaded leaves all as it was
+        check_models(run, checkpoint)
         stage = "warm-up step" if warmup else "step"
         if warmup is not None:
             warmup.prepare()
@@ -141,6 +142,8 @@ def check_output(config: Config, resume: str) -> None:
     if not above.is_dir():
         where = f"{output}: {above}" if above != output else output
         raise ConfigError(f"output_dir: {where} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        raise ConfigError(f"output_dir: {output} can not be written: {above} is read-only or another user's")
     owned = output / "config.yaml"
     there = [f.name for f in output.iterdir() if not is_partial(f)] if output.exists() else []
     if not owned.exists() and not {"cache", LOCK, REPORT}.issuperset(there):
@@ -178,6 +181,16 @@ def pick_checkpoint(config: Config, resume: str) -> tuple[Path | None, dict[Path
         file = checkpoints.file_of(found, "config.yaml")
         _refuse_other(file, config, f"--resume: {found} is a checkpoint of another configuration")
     return found, damaged
+
+
+def check_models(run: Run, checkpoint: Path) -> None:
+    """ConfigError where base or teacher have other weights than when the checkpoint was saved."""
+    with checkpoints.understood(checkpoint, "sampling.json"):
+        known = dict(checkpoints.read_json(checkpoint, "sampling.json").get("weights", {}))
+    for role, digest in run.weights.items():
+        if known.get(role, digest) != digest:
+            name = getattr(run, role).name
+            raise ConfigError(f"model.{role}: {name} has other weights than when {checkpoint} was saved")
 
 
 def _refuse_other(file: Path, config: Config, what: str) -> None:

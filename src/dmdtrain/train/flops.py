@@ -6,10 +6,14 @@ one two; attention's backward is two of its forward.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from dmdtrain.config import Config
-from dmdtrain.train.step import block_layout
+from dmdtrain.config import Config, Rollout
+from dmdtrain.rollout import BlockLayout
+from dmdtrain.train.clips import warmup_key
+from dmdtrain.train.setup import Run
+from dmdtrain.train.step import block_layout, for_sampling
 
 
 def pass_flops(transformer: dict[str, Any], queries: int, keys: int, text: int) -> tuple[float, float]:
@@ -31,33 +35,96 @@ def update_flops(
         transformer, teacher: configs of the student's base and of the teacher. frame_tokens: tokens of a latent frame.
     """
     rolling, text = config.rollout, config.data.max_sequence_length
-    blocks = block_layout(rolling, rolling.num_training_frames).slices
-    scored = rolling.scored_frames
     steps = len(config.dmd.denoising_steps)
     passes = steps if rolling.last_step_only else (steps + 1) / 2
-    rollout = replay = 0.0
-    for index, block in enumerate(blocks):
-        seen = block.stop
-        if rolling.local_attention_frames is not None:
-            seen = min(seen, rolling.local_attention_frames + rolling.sink_frames)
-        size = (block.stop - block.start) * frame_tokens
-        linear, attention = pass_flops(transformer, size, seen * frame_tokens, text)
-        rollout += (passes + (index + 1 < len(blocks))) * (linear + attention)
-        if block.start >= rolling.num_training_frames - scored:
-            replay += linear * (2 if config.student.kind == "lora" else 3) + attention * 3
-    tokens = scored * frame_tokens
+    layout = block_layout(rolling, rolling.num_training_frames)
+    blocks = _block_flops(transformer, rolling, layout, frame_tokens, text)
+    rollout = _sampling_flops(blocks, passes)
+    first_scored = rolling.num_training_frames - rolling.scored_frames
+    replay = -sum(blocks[-1])  # whose graph is the rollout's own
+    for block, (linear, attention) in zip(layout.slices, blocks, strict=True):
+        if block.start >= first_scored:
+            replay += linear * _with_backward(config.student.kind) + attention * 3
+    tokens = rolling.scored_frames * frame_tokens
     linear, attention = pass_flops(transformer, tokens, tokens, text)
     real_passes, fake_passes = (
-        1 if scale in (0, 1) else 2
-        for scale in (config.dmd.real_score_guidance_scale, config.dmd.fake_score_guidance_scale)
+        _passes(scale) for scale in (config.dmd.real_score_guidance_scale, config.dmd.fake_score_guidance_scale)
     )
     scores = real_passes * sum(pass_flops(teacher, tokens, tokens, text)) + fake_passes * (linear + attention)
-    critic = linear * (2 if config.fake_score.kind == "lora" else 3) + attention * 3
+    critic = linear * _with_backward(config.fake_score.kind) + attention * 3
+    student = {"rollout": rollout, "scores": scores, "replay": replay}
+    if config.dmd.real_data_loss_weight:
+        student["real_data"] = _teaching_flops(config, transformer, frame_tokens)
     n = config.samples_per_update
     return {
         "fake_score": {"rollout": rollout * n, "critic": critic * n},
-        "student": {"rollout": rollout * n, "scores": scores * n, "replay": replay * n},
+        "student": {phase: flops * n for phase, flops in student.items()},
     }
+
+
+def stage_flops(run: Run) -> dict[str, float]:
+    """FLOPs of what a run does besides its steps, of all transformers: by stage, where there are any."""
+    config, transformer = run.config, run.base.transformer
+    found = {}
+    settings, rolling = config.warmup, config.rollout
+    if settings.kind != "none":
+        if settings.data is None and warmup_key(run) is None:
+            stops = (
+                len(run.timesteps) if settings.kind == "ode_regression" else 0
+            )  # at most so many are not in its grid
+            tokens, text = rolling.warmup_frames * run.frame_tokens, config.data.max_sequence_length
+            each = _passes(config.dmd.real_score_guidance_scale) * (settings.teacher_steps + stops)
+            one = sum(pass_flops(run.teacher.transformer, tokens, tokens, text))
+            found["warm-up videos"] = settings.num_samples * each * one
+        videos = settings.steps * config.samples_per_update
+        found["warm-up"] = videos * _teaching_flops(config, transformer, run.frame_tokens)
+    if config.validation.every:
+        times = math.ceil(config.train.max_steps / config.validation.every) + (settings.kind != "none")
+        times *= 2 if config.ema.validate_with == "both" else 1
+        frames = run.validation_latent_shape[1]
+        layout, text = block_layout(rolling, frames), config.data.max_sequence_length
+        tokens = run.tokens_of(run.validation_latent_shape)
+        blocks = _block_flops(transformer, for_sampling(rolling, frames), layout, tokens, text)
+        one = _passes(config.validation.guidance_scale) * _sampling_flops(blocks, len(run.validation_timesteps))
+        found["validation"] = times * len(run.validation_prompts) * one
+    return found
+
+
+def _block_flops(
+    transformer: dict[str, Any], rolling: Rollout, layout: BlockLayout, frame_tokens: int, text: int
+) -> list[tuple[float, float]]:
+    """(linear, attention) of one forward of each temporal block, with what it sees of those before it."""
+    found = []
+    for block in layout.slices:
+        seen = block.stop
+        if rolling.local_attention_frames is not None:
+            seen = min(seen, rolling.local_attention_frames + rolling.sink_frames)
+        found.append(pass_flops(transformer, (block.stop - block.start) * frame_tokens, seen * frame_tokens, text))
+    return found
+
+
+def _sampling_flops(blocks: list[tuple[float, float]], passes: float) -> float:
+    """Of one video: `passes` of each block, and one more that writes to the cache what others read."""
+    return sum((passes + (index + 1 < len(blocks))) * sum(block) for index, block in enumerate(blocks))
+
+
+def _teaching_flops(config: Config, transformer: dict[str, Any], frame_tokens: int) -> float:
+    """Of one video in the warm-up or the loss on real clips: a pass over context and noisy frames, and its backward."""
+    layout = block_layout(config.rollout, config.rollout.warmup_frames)
+    blocks = _block_flops(transformer, config.rollout, layout, frame_tokens, config.data.max_sequence_length)
+    noisy = sum(linear * _with_backward(config.student.kind) + attention * 3 for linear, attention in blocks)
+    if not config.rollout.causal:
+        return noisy
+    return 2 * noisy if config.warmup.context_gradient else noisy + sum(map(sum, blocks[:-1]))
+
+
+def _with_backward(kind: str) -> int:
+    """Forwards of the linear layers that a forward and its backward amount to."""
+    return 2 if kind == "lora" else 3
+
+
+def _passes(guidance_scale: float) -> int:
+    return 1 if guidance_scale in (0, 1) else 2
 
 
 def step_flops(

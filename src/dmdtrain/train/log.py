@@ -56,8 +56,8 @@ class MetricsLog:
         """Lines of steps that will run again, and of the step's own validation; a line that a kill cut short goes too."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+        kept, there = [], self._path.read_text(encoding="utf-8", errors="replace")
+        for line in there.splitlines():
             try:
                 values = json.loads(line)
                 validated = any(key.startswith("validation_") for key in values)
@@ -65,7 +65,8 @@ class MetricsLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-        write_text(self._path, "".join(kept))
+        if "".join(kept) != there:
+            write_text(self._path, "".join(kept))
 
     @contextmanager
     def _told(self, name: str, errors: type[Exception] = OSError) -> Iterator[None]:
@@ -238,15 +239,20 @@ class Live:
         now = time.monotonic()
         self._recent.append((now - self._last) / max(1, step - self._done))
         self._last, self._done = now, step
-        seconds = sum(self._recent) / len(self._recent)
-        rate = f"{1 / seconds:.0f} {self._unit}s/s" if 0 < seconds < 0.05 else f"{seconds:.2f} s/{self._unit}"
+        self.within(text)
+
+    def within(self, text: str) -> None:
+        """How far the step in hand is."""
+        rate = left = ""
+        if self._recent:
+            seconds = sum(self._recent) / len(self._recent)
+            rate = f"{1 / seconds:.0f} {self._unit}s/s" if 0 < seconds < 0.05 else f"{seconds:.2f} s/{self._unit}"
+            whole = int(seconds * (self._total - self._done))
+            left = f"  {whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02} left"
         text = f"{text} {rate}".strip()
+        now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-        elif now - self._printed > 10 or step == self._total:
-            left = int(seconds * (self._total - step))
-            self._console.print(
-                f"{self._unit} {step}/{self._total}  {text}  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
-                soft_wrap=True,
-            )
+            self._bar.update(self._task, completed=self._done, text=text)
+        elif now - self._printed > 10 or self._done == self._total:
+            self._console.print(f"{self._unit} {self._done}/{self._total}  {text}{left}", soft_wrap=True)
             self._printed = now

@@ -7,28 +7,33 @@ model is underestimated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from operator import gt
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import nn
 
-from dmdtrain.config import Config, ConfigError, changed, nested_get
+from dmdtrain.config import Config, ConfigError, changed, nested_get, parse_resolution
 from dmdtrain.models.quantize import KINDS
 from dmdtrain.models.wan import WanFolder, find_folder
 from dmdtrain.train.accounting import measure
-from dmdtrain.train.flops import step_flops
+from dmdtrain.train.flops import stage_flops, step_flops
+from dmdtrain.train.memory import free_memory
 from dmdtrain.train.setup import Run, resolve
 
 GIB = 2**30
 FITS = "it fits with:"
+TEXT_ENCODING = "text encoding"
 # Transformer blocks of the models that are run: the first block, whose input needs no gradient, is unlike others, and with two
 # it could not be told whether a pass goes up or down.
 SHORT = (3, 4)
 UTILISATION = 0.4  # of a GPU's dense bf16 rate, for the time estimate
 HOST_GIB = 5  # Python, libraries, a layer that is read, a checkpoint that is written
+ENCODED_TOGETHER = 16  # prompts, by `TextCache.prepare`
 CONTEXT_GIB = 0.8  # CUDA context, cuBLAS workspaces, fragments
 
 # Name -> (GiB of memory, dense bf16 TFLOP/s), by the makers' data sheets.
@@ -48,11 +53,12 @@ GPUS = {
 
 @dataclass
 class Plan:
-    """Bytes by item and the peak of each phase on the device, FLOPs by phase of one step."""
+    """Bytes by item and the peak of each phase on the device, FLOPs by phase of one step and by stage of the run."""
 
     items: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)  # on top of the items
     flops: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)  # FLOPs of all that the run does besides its steps
     host: int = 0  # bytes that options put into host memory
     kv_cache: int = 0  # bytes of it, part of the phases, or of the host's where it lies there
     text_encoder: int = 0  # bytes, before everything else
@@ -76,6 +82,13 @@ class Plan:
     @property
     def peak(self) -> int:
         return max(self.training_peak, self.text_encoder + int(CONTEXT_GIB * GIB))
+
+    @property
+    def worst(self) -> str:
+        """The phase of the peak."""
+        if self.peak > self.training_peak:
+            return TEXT_ENCODING
+        return max(self.phases, key=lambda name: self.phases[name])
 
 
 # Published models, so that planning needs no download.
@@ -128,6 +141,7 @@ def make_plan(run: Run) -> Plan:
         items={name: whole(size, high.items[name]) for name, size in low.items.items()},
         phases={name: whole(size, high.phases[name]) for name, size in low.phases.items()},
         flops=step_flops(config, run.base.transformer, run.teacher.transformer, run.frame_tokens),
+        stages=stage_flops(run),
         host=whole(low.host, high.host),
         kv_cache=kv_cache_bytes(run),
         text_encoder=text_encoder_bytes(run),
@@ -135,6 +149,8 @@ def make_plan(run: Run) -> Plan:
     if run.teacher.name != run.base.name:  # its number of blocks is its own
         own = run.teacher.transformer["num_layers"]
         plan.items["teacher"] = whole(low.items["teacher"], high.items["teacher"], own)
+        of_both = (low.teacher_host, high.teacher_host)
+        plan.host += whole(*of_both, own) - whole(*of_both)
     kept = ("student weights", "fake_score weights", "student optimizer", "fake_score optimizer", "average")
     plan.checkpoint = sum(plan.items.get(name, 0) for name in kept)
     plan.items = {name: size for name, size in plan.items.items() if size}
@@ -156,18 +172,20 @@ def kv_cache_bytes(run: Run) -> int:
 
 
 def text_encoder_bytes(run: Run) -> int:
-    """Weights of the text encoder, which is gone before the transformer is loaded."""
+    """Weights of the text encoder, which is gone before the transformer is loaded, and its attention's scores: in its own
+    precision and, for the softmax, in float32."""
     from accelerate import init_empty_weights
     from transformers import UMT5Config, UMT5EncoderModel
 
     with init_empty_weights():
         model = UMT5EncoderModel(UMT5Config.from_dict(run.base.text_encoder))
-        model.tie_weights()
+    model.tie_weights()  # within, it ties nothing
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     rest = sum(p.numel() for p in model.parameters()) - linear
     precision = run.config.model.text_encoder_precision
     each = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int8-llm": 1.0, "nf4": 0.53}[precision]
-    return round(linear * each + rest * (4 if precision == "fp32" else 2))
+    scores = ENCODED_TOGETHER * run.base.text_encoder["num_heads"] * run.config.data.max_sequence_length**2
+    return round(linear * each + rest * (4 if precision == "fp32" else 2) + 6 * scores)
 
 
 def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[str]:
@@ -179,11 +197,10 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
     if plan.kv_cache:
         where = "in host memory" if config.rollout.kv_cache == "host" else "in rollout, scores and replay"
         lines.append(f"{'of which KV cache':<24}{plan.kv_cache / GIB:8.2f} GiB, {where}")
-    lines.append(f"{'text encoding':<24}{plan.text_encoder / GIB:8.2f} GiB, before all that")
-    worst = max(plan.phases, key=lambda name: plan.phases[name])
-    if plan.text_encoder > plan.resident + plan.phases[worst]:
-        worst = "text encoding"
-    lines.append(f"{'peak':<24}{plan.peak / GIB:8.2f} GiB, in {worst}")
+    gradients = max(plan.items["student weights"], plan.items["fake_score weights"])
+    lines.append(f"{'of which gradients':<24}{gradients / GIB:8.2f} GiB, in replay and critic")
+    lines.append(f"{TEXT_ENCODING:<24}{plan.text_encoder / GIB:8.2f} GiB, before all that")
+    lines.append(f"{'peak':<24}{plan.peak / GIB:8.2f} GiB, in {plan.worst}")
     needed = plan.host_peak(config)
     options = f", {plan.host / GIB:.1f} of it for what lies there instead of on the GPU" if plan.host else ""
     lines.append(f"{'host memory':<24}{needed / GIB:8.2f} GiB{options}")
@@ -194,10 +211,11 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
     lines.append(f"{'a step':<24}{total / 1e12:8.1f} TFLOP ({shares})")
     if gpu is not None:
         rate = GPUS[gpu][1] * 1e12 * UTILISATION
-        hours = {name: flops * config.train.max_steps / rate / 3600 for name, flops in plan.flops.items()}
+        whole = {name: flops * config.train.max_steps for name, flops in plan.flops.items()} | plan.stages
+        hours = {name: flops / rate / 3600 for name, flops in whole.items()}
         lines.append(
-            f"{'time on ' + gpu:<24}{total / rate:8.1f} s a step, {sum(hours.values()):.1f} h for {config.train.max_steps} "
-            f"steps (at {UTILISATION:.0%} of {GPUS[gpu][1]} TFLOP/s), without warm-up and validation"
+            f"{'time on ' + gpu:<24}{total / rate:8.1f} s a step, {sum(hours.values()):.1f} h for the run of "
+            f"{config.train.max_steps} steps (at {UTILISATION:.0%} of {GPUS[gpu][1]} TFLOP/s)"
         )
         lines.append(f"{'':<24}{'':8} " + ", ".join(f"{name} {time:.1f} h" for name, time in hours.items()))
     if vram is not None:
@@ -209,11 +227,14 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
 
 def memory_lines(run: Run, free: int) -> Iterator[str]:
     """What `fit` says of a device on which so many bytes are free: whether the run fits, and what would make it."""
-    peak = make_plan(run).peak
-    yield f"memory          {peak / GIB:.1f} GiB planned, {free / GIB:.1f} free on the device"
-    if peak > free:
+    made = make_plan(run)
+    yield f"memory          {made.peak / GIB:.1f} GiB planned, {free / GIB:.1f} free on the device"
+    if made.peak > free:
         yield "warning: it will probably not fit"
-        yield from suggestions(run, free)
+        yield from suggestions(run, made, free)
+    needed, there = made.host_peak(run.config), free_memory()
+    if made.host and needed > there > 0:
+        yield f"warning: {needed / GIB:.1f} GiB of host memory planned, {there / GIB:.1f} free"
 
 
 def known_rate(device_name: str) -> float | None:
@@ -227,6 +248,12 @@ def changes(config: Config) -> list[dict[str, Any]]:
     """What makes a run smaller, the cheapest in quality and time first; each one on top of those before it."""
     steps: list[dict[str, Any]] = []
     train, precision = config.train, config.model.precision
+    if config.validation.every and config.validation.tiled_decoding is not True:
+        steps.append({"validation.tiled_decoding": True})
+    sizes = (config.validation.resolution, config.data.resolution)
+    width_and_height = (parse_resolution(size, config.data.aspect_ratio, 1, "resolution") for size in sizes)
+    if config.validation.every and gt(*map(math.prod, width_and_height)):
+        steps.append({"validation.resolution": config.data.resolution})
     if not train.gradient_checkpointing:
         steps.append({"train.gradient_checkpointing": True})
     if not train.checkpoint_replay:
@@ -242,6 +269,9 @@ def changes(config: Config) -> list[dict[str, Any]]:
             steps.append({f"{name}.kind": "lora"})
     if train.checkpoints_on == "device":
         steps.append({"train.checkpoints_on": "host"})
+    taught = config.warmup.kind != "none" or config.dmd.real_data_loss_weight > 0
+    if config.rollout.causal and taught and config.warmup.context_gradient:
+        steps.append({"warmup.context_gradient": False})
     if precision in ("fp32", "bf16"):
         steps.append({"model.precision": "int8"})
     if config.rollout.causal and config.rollout.kv_cache != "host":
@@ -254,13 +284,38 @@ def changes(config: Config) -> list[dict[str, Any]]:
         steps.append({"model.offload_blocks": True})
     if config.optimizer.name != "paged_adamw8bit":
         steps.append({"optimizer.name": "paged_adamw8bit"})
+    smaller = {"fp32": "int8", "bf16": "int8", "int8": "nf4", "int8-llm": "nf4"}
+    if config.model.text_encoder_precision in smaller:
+        steps.append({"model.text_encoder_precision": smaller[config.model.text_encoder_precision]})
     return steps
+
+
+# What a change makes smaller, where it is not all that is trained.
+RELIEVES = {
+    "train.batch_size": ("rollout", "scores", "replay", "critic", "real_data", "warm-up"),
+    "train.gradient_checkpointing": ("replay", "critic", "real_data", "warm-up"),
+    "train.checkpoints_on": ("replay", "critic", "real_data", "warm-up"),
+    "train.checkpoint_replay": ("replay",),
+    "train.batched_guidance": ("scores",),
+    "rollout.kv_cache": ("rollout", "scores", "replay", "real_data", "sampling", "warm-up"),
+    "warmup.context_gradient": ("real_data", "warm-up"),
+    "validation.tiled_decoding": ("decoding",),
+    "validation.resolution": ("sampling", "decoding"),
+    "model.text_encoder_precision": (TEXT_ENCODING,),
+}
+
+
+def relieves(change: dict[str, Any], phase: str) -> bool:
+    return phase in RELIEVES.get(next(iter(change)), () if phase == TEXT_ENCODING else (phase,))
 
 
 def plan(config: Config, vram: float | None, gpu: str | None, console: Console) -> bool:
     """`dmdtrain plan`: prints the plan and, where it does not fit, what would make it. Returns whether it fits."""
+    gpu = None if gpu is None else gpu.lower()
     if gpu is not None and gpu not in GPUS:
         raise ConfigError(f"--gpu: {gpu}: valid are {', '.join(GPUS)}, or give --vram")
+    if vram is not None and not math.isfinite(vram):
+        raise ConfigError(f"--vram: {vram}: it must be a number of GiB")
     vram = vram or (GPUS[gpu][0] if gpu else None)
     run = resolve(config, for_training=False, find=find_shapes)
     made = make_plan(run)
@@ -269,24 +324,47 @@ def plan(config: Config, vram: float | None, gpu: str | None, console: Console) 
     if vram is None or made.peak <= vram * GIB:
         return True
     fits = False
-    for line in suggestions(run, round(vram * GIB)):
+    for line in suggestions(run, made, round(vram * GIB)):
         console.print(line, soft_wrap=True, highlight=False)
         fits = line.startswith(FITS)
     return fits
 
 
-def suggestions(run: Run, vram: int) -> Iterator[str]:
-    """The peak with one change after the other, until it is at most `vram` bytes; then all of them, as --set."""
-    config, applied = run.config, list[str]()
-    for change in changes(config):
-        before, config = config, changed(config, change)
-        applied += [f"--set {key}={_yaml(value)}" for key, value in change.items() if nested_get(before, key) != value]
-        peak = make_plan(replace(run, config=config)).peak
-        yield f"with {applied[-1]:<40} {peak / GIB:8.2f} GiB"
-        if peak <= vram:
-            yield f"{FITS} {' '.join(applied)}"
+def suggestions(run: Run, made: Plan, vram: int) -> Iterator[str]:
+    """From the plan of a run on, the peak with one change after the other, each of what is at the peak, until it is at most
+    `vram` bytes; then all of them, as --set."""
+    smaller, needed = run, dict[str, Any]()
+    tried: list[dict[str, Any]] = []
+    while made.peak > vram:
+        left = (c for c in changes(smaller.config) if c not in tried and relieves(c, made.worst))
+        change = next(left, None)
+        if change is None:
+            validated = "validation." if made.worst in ("sampling", "decoding") else ""
+            what = (
+                "another text encoder"
+                if made.worst == TEXT_ENCODING
+                else f"fewer frames or a smaller {validated}resolution"
+            )
+            yield f"none of these makes it fit, in {made.worst}: {what} would"
             return
-    yield "none of these makes it fit: fewer frames or a smaller resolution would"
+        tried.append(change)
+        there = _with(smaller, change)
+        plan = make_plan(there)
+        yield f"with {_as_set(smaller.config, change):<40} {plan.peak / GIB:8.2f} GiB"
+        if plan.peak < made.peak:
+            smaller, made, needed = there, plan, needed | change
+    yield f"{FITS} {_as_set(run.config, needed)}"
+
+
+def _with(run: Run, change: dict[str, Any]) -> Run:
+    shape = run.validation_latent_shape
+    if "validation.resolution" in change:
+        shape = (*shape[:2], *run.latent_shape[2:])
+    return replace(run, config=changed(run.config, change), validation_latent_shape=shape)
+
+
+def _as_set(config: Config, change: dict[str, Any]) -> str:
+    return " ".join(f"--set {key}={_yaml(value)}" for key, value in change.items() if nested_get(config, key) != value)
 
 
 def _yaml(value: Any) -> str:

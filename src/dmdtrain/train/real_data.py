@@ -43,9 +43,7 @@ class RealData:
         """
         config, batch = self.run.config, batch.to(self.text.device)
         weight *= config.dmd.real_data_loss_weight
-        return {
-            "real_data_loss": warmup_backward(self.roles, config.rollout, batch, weight, self.autocast)["warmup_loss"]
-        }
+        return {"real_data_loss": warmup_backward(self.roles, config, batch, weight, self.autocast)["warmup_loss"]}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         position = {f"clips.{key}": value for key, value in self.clips.state_dict().items()}

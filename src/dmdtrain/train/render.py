@@ -39,6 +39,11 @@ class Renderer:
         size = max(1, BATCH_TOKENS // tokens)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
+    def student_steps(self, count: int, shape: tuple[int, ...], timesteps: list[float]) -> int:
+        """How often `on_step` is called for `count` videos."""
+        blocks = len(block_layout(self.run.config.rollout, shape[1]).sizes)
+        return len(self.batches(count, shape)) * blocks * len(timesteps)
+
     def _contexts(self, prompts: list[str], negative: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the prompts and of the negative prompt, each [N, L, D]."""
         self.text.prepare([*prompts, negative])
@@ -102,22 +107,15 @@ class Renderer:
         shape: tuple[int, int, int, int],
         timesteps: list[float],
         *options: Any,
-        on_block: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU, decoded as blocks are finished; options as in `student_blocks`.
-
-        on_block: told the number of videos whose next block is done.
-        """
+        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU, decoded as blocks are finished; options as in `student_blocks`."""
         if decode_tiled(self.run, shape):  # whole videos; what the sampler held is gone by then
-            parts = []
-            for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
-                parts.append(torch.cat([_told(block, on_block) for block in blocks], 2))
-            return self.decode(torch.cat(parts))
+            return self.decode(self.student(prompts, seed, shape, timesteps, *options))
         videos = []
         with self.codec() as vae:
             for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
                 decoder = StreamDecoder(vae)
-                videos.append(torch.cat([decoder(_told(block, on_block)).cpu() for block in blocks], 2))
+                videos.append(torch.cat([decoder(block).cpu() for block in blocks], 2))
         return torch.cat(videos)
 
     def _teacher_flow(self, prompts: list[str], guidance: float, negative: str) -> Flow:
@@ -206,12 +204,6 @@ class Renderer:
         with self.codec() as vae:
             tiled = decode_tiled(self.run, tuple(latents.shape[1:]))
             return torch.cat([decode_latents(vae, latents[r.start : r.stop], tiled).cpu() for r in rows])
-
-
-def _told(block: torch.Tensor, on_block: Callable[[int], None] | None) -> torch.Tensor:
-    if on_block is not None:
-        on_block(len(block))
-    return block
 
 
 def decode_tiled(run: Run, shape: tuple[int, ...]) -> bool:

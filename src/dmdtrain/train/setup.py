@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dmdtrain.models.encode import TextCache
 from dmdtrain.models.offload import stream_blocks
 from dmdtrain.models.quantize import multiply_in_int8
 from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
-from dmdtrain.models.wan import WAN_TINY, WanFolder, find_folder, load_transformer
+from dmdtrain.models.wan import WAN_TINY, WanFolder, find_folder, load_transformer, transformer_digest
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.log import Live
 from dmdtrain.train.optim import trained_dtype
@@ -56,12 +57,21 @@ class Run:
     @property
     def frame_tokens(self) -> int:
         """Tokens of a latent frame of a training video."""
+        return self.tokens_of(self.latent_shape)
+
+    def tokens_of(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Tokens of a latent frame of a video [C, T, H, W]."""
         _, patch_height, patch_width = self.base.patch_size
-        return (self.latent_shape[2] // patch_height) * (self.latent_shape[3] // patch_width)
+        return (latent_shape[2] // patch_height) * (latent_shape[3] // patch_width)
 
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """What base and teacher are by their weights, which have to be here: those of the hub are when they were loaded."""
+        return {"base": transformer_digest(self.base.path), "teacher": transformer_digest(self.teacher.path)}
 
     def sampling(self) -> dict[str, Any]:
         """What is needed to sample the student; stored with every artefact."""
@@ -135,8 +145,7 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
                 )
     shift = config.model.flow_shift or teacher.flow_shift
     timesteps = resolve_timesteps(config.dmd.denoising_steps, shift if config.dmd.warp_denoising_steps else 1.0)
-    column = config.data.prompt_column
-    validation_prompts = load_prompts(config.validation.prompts, "validation.prompts", held_out=True, column=column)
+    validation_prompts = all_validation_prompts(config)
     prompts, source = Prompts([]), config.data.prompts
     if source is None and config.data.videos is None:
         source = WAN_TINY if config.model.base == WAN_TINY else None
@@ -145,7 +154,7 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
                 "data.prompts: not given; valid are a file of prompts, or data.videos, whose captions serve"
             )
     if source is not None and for_training:
-        prompts = read_prompts(source, "data.prompts", held_out=False, column=column)
+        prompts = read_prompts(source, "data.prompts", held_out=False, column=config.data.prompt_column)
     return Run(
         config=config,
         base=base,
@@ -158,6 +167,14 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
         validation_latent_shape=validation_shape,
         left_out=prompts.left_out,
     )
+
+
+def all_validation_prompts(config: Config) -> list[str]:
+    """Those of validation.prompts, not only the first `validation.count`."""
+    source = config.validation.prompts
+    if source is None:
+        source = WAN_TINY if config.model.base == WAN_TINY else "library"
+    return load_prompts(source, "validation.prompts", held_out=True, column=config.data.prompt_column)
 
 
 def resolve_timesteps(steps: list[float], shift: float) -> list[float]:
@@ -390,4 +407,4 @@ def _blocks_text(config: Config) -> str:
 
 
 def sampling_json(run: Run) -> str:
-    return json.dumps(run.sampling(), indent=1) + "\n"
+    return json.dumps(run.sampling() | {"weights": run.weights}, indent=1) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], 
     drawn = EpochSampler(renderer.run.prompts, facts["seed"]).draw(count)
     setup.encode_text(renderer.text, [*drawn, facts["negative_prompt"]], console)
     kept = [sigmas.index(t / 1000) for t in facts["timesteps"] or []]
+    steps, taken = len(sigmas) - 1, itertools.count()
     with Live(count, count - len(missing), console, unit="video") as live:
         for rows in renderer.batches(len(missing), tuple(facts["latent_shape"])):
             indices = [missing[row] for row in rows]
@@ -69,6 +71,7 @@ def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], 
                 sigmas,
                 facts["guidance_scale"],
                 facts["negative_prompt"],
+                lambda: live.within(f"step {next(taken) % steps + 1}/{steps}"),
             )
             videos = renderer.decode(states[-1]) if facts["what"] == "videos" else None
             for column, index in enumerate(indices):

@@ -177,7 +177,7 @@ class Warmup:
 
         def backward(rows: slice, share: float) -> Stats:
             part = batch.rows(rows.start, rows.stop)
-            return warmup_backward(self.roles, config.rollout, part, share, self.renderer.autocast)
+            return warmup_backward(self.roles, config, part, share, self.renderer.autocast)
 
         total = underway.accumulate(n, config.train.batch_size, backward)
         lr = learning_rate(

@@ -13,7 +13,7 @@ from dmdtrain.flow import add_noise, shift_timestep, sigma_from_timestep, x0_fro
 from dmdtrain.models.causal import TeacherForcingView
 from dmdtrain.models.offload import to_device
 from dmdtrain.models.roles import Roles
-from dmdtrain.train.step import Stats, block_layout, context_timestep
+from dmdtrain.train.step import Stats, block_layout, context_timestep, new_cache, student_denoiser
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class WarmupBatch:
 
     def rows(self, start: int, stop: int) -> WarmupBatch:
         return WarmupBatch(*(None if v is None else v[start:stop] for v in vars(self).values()))
+
+    def frames(self, frames: slice) -> WarmupBatch:
+        clean, seen, noisy, flow = (
+            None if v is None else v[:, :, frames] for v in (self.clean, self.seen, self.noisy, self.flow)
+        )
+        return WarmupBatch(self.context, clean, seen, noisy, self.timestep[:, frames], flow)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> WarmupBatch:
         return WarmupBatch(*(None if v is None else to_device(v, device) for v in vars(self).values()))
@@ -74,10 +80,12 @@ def draw_warmup(
 
 
 def warmup_backward(
-    roles: Roles, settings: Rollout, batch: WarmupBatch, weight: float, autocast: Callable[[], AbstractContextManager]
+    roles: Roles, config: Config, batch: WarmupBatch, weight: float, autocast: Callable[[], AbstractContextManager]
 ) -> Stats:
     """Accumulates the student's gradient of one micro-batch; weight: its share of the update."""
-    loss = warmup_loss(roles, settings, batch, autocast)
+    if config.rollout.causal and not config.warmup.context_gradient:
+        return {"warmup_loss": _backward_by_block(roles, config.rollout, batch, weight, autocast)}
+    loss = warmup_loss(roles, config.rollout, batch, autocast)
     (loss * weight).backward()
     return {"warmup_loss": loss.detach()}
 
@@ -91,10 +99,9 @@ def warmup_loss(
     student has no context.
     """
     if not settings.causal:
-        assert batch.flow is not None
         with autocast():
             flow = roles.flow("student", batch.noisy, batch.timestep[:, 0], batch.context)
-        return (flow.float() - batch.flow).square().mean()
+        return _error(flow, batch)
     blocks = tuple(block_layout(settings, batch.clean.shape[2]).slices)
     view = TeacherForcingView(blocks, settings.local_attention_frames, settings.sink_frames)
     cached = torch.full_like(batch.timestep, context_timestep(settings))
@@ -106,7 +113,31 @@ def warmup_loss(
             batch.context,
             view,
         )
-    flow = both[:, :, batch.clean.shape[2] :].float()
+    return _error(both[:, :, batch.clean.shape[2] :], batch)
+
+
+def _backward_by_block(
+    roles: Roles, settings: Rollout, batch: WarmupBatch, weight: float, autocast: Callable[[], AbstractContextManager]
+) -> torch.Tensor:
+    """The loss of `warmup_loss`, block by block through a cache, each with its backward at once: without the gradient of what
+    the context is read through, and with the activations of one block."""
+    denoise = student_denoiser(roles, batch.context, new_cache(settings, evict=True), autocast)
+    cached = torch.full_like(batch.timestep[:, 0], context_timestep(settings))
+    num_frames, total = batch.clean.shape[2], batch.clean.new_zeros(())
+    for frames in block_layout(settings, num_frames).slices:
+        part = batch.frames(frames)
+        share = (frames.stop - frames.start) / num_frames
+        loss = share * _error(denoise(part.noisy, part.timestep[:, 0], frames=frames), part)
+        (loss * weight).backward()
+        total += loss.detach()
+        if frames.stop < num_frames:
+            with torch.no_grad():
+                denoise(part.seen, cached, frames=frames, write_cache=True)
+    return total
+
+
+def _error(flow: torch.Tensor, batch: WarmupBatch) -> torch.Tensor:
+    """Mean square, of the flow or, where the batch has none, of x0."""
     if batch.flow is not None:
-        return (flow - batch.flow).square().mean()
-    return (x0_from_flow(batch.noisy, flow, sigma_from_timestep(batch.timestep)) - batch.clean).square().mean()
+        return (flow.float() - batch.flow).square().mean()
+    return (x0_from_flow(batch.noisy, flow.float(), sigma_from_timestep(batch.timestep)) - batch.clean).square().mean()
