@@ -352,17 +352,6 @@ def test_what_is_at_the_peak_is_what_is_changed(settings, deep_folder, monkeypat
     assert make_plan(small).worst == "warm-up"
     told = list(planning.suggestions(small, make_plan(small), make_plan(small).peak - 1))
     assert told[0].startswith("with --set train.gradient_checkpointing=true")
-    checkpointed = resolved(
-        settings,
-        deep_folder,
-        rollout=CAUSAL,
-        validation={"num_frames": 9, "every": 0},
-        warmup=large["warmup"],
-        train={"gradient_checkpointing": True, "checkpoints_on": "host", "batch_size": 1},
-    )
-    made = make_plan(checkpointed)
-    told = list(planning.suggestions(checkpointed, made, round(0.8 * made.peak)))
-    assert told[-1].startswith("it fits with: ") and "--set warmup.context_gradient=false" in told[-1]
 
 
 def test_a_text_encoder_that_is_the_peak_is_made_smaller(settings, tmp_path):
