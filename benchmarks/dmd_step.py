@@ -42,6 +42,7 @@ from dmdtrain.train.loop import guarded_step
 from dmdtrain.train.optim import build_optimizer
 from dmdtrain.train.plan import CONTEXT_GIB, GIB, PUBLISHED, UMT5_XXL, make_plan
 from dmdtrain.train.step import Distiller
+from dmdtrain.train.underway import Underway
 
 SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64}
@@ -183,7 +184,7 @@ class Steps:
         _, made = backward(self.context, draws, **given)
         self.videos = made if self.config.fake_score.reuse_rollout else None
         with self.distiller.phases("optimizer"):
-            guarded_step(self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
+            guarded_step(Underway({}, name), self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
             if name == "student" and self.average is not None:
                 self.average.update(self.average.every)
 

@@ -22,7 +22,7 @@ from dmdtrain.train.setup import device_of_this_machine
 
 class Stage:
     def __init__(self, root: Path, gib: float):
-        self.root, self.step, self.bad_in_a_row = root, 0, 0
+        self.root, self.step, self.bad_in_a_row = root, 0, {"student": 0}
         self.device = device_of_this_machine()
         elements = int(gib * 2**30 / 4 / 800)
         self.tensors = {f"{i:03d}": torch.randn(elements, device=self.device) for i in range(800)}

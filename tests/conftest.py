@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
+from dmdtrain.train.interrupt import SIGNALS
 
 torch.set_num_threads(2)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a shell ignores Ctrl-C for what it starts with &
+for number in SIGNALS:  # a shell ignores Ctrl-C for what it starts with &
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

@@ -763,6 +763,6 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
         "step": 4,
         "student_updates": 2,
         "bad_steps": 0,
-        "bad_in_a_row": 0,
+        "bad_in_a_row": {"student": 0, "fake_score": 0},
     }
     assert set(check_checkpoint(folder)["sha256"]) == files - {"manifest.json"}

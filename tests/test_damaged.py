@@ -379,7 +379,10 @@ def test_files_that_the_manifest_does_not_vouch_for_are_not_read(damage, trained
 
 STATES: dict[str, object] = {
     **{f"step {value!r}": {"step": value} for value in ("2", -1, 2.0, None, [2], True, 10**30, 3)},
-    **{f"bad_in_a_row {value!r}": {"bad_in_a_row": value} for value in ("0", None, {})},
+    **{
+        f"bad_in_a_row {v!r}": {"bad_in_a_row": v}
+        for v in (0, "0", None, {}, {"student": 0}, {"student": -1, "fake_score": 0})
+    },
     **{f"stage {value!r}": {"stage": value} for value in ("sft", "warmup", 3, None, ["dmd"])},
     **{f"alarms {value!r}": {"alarms": value} for value in (3, [], {}, {"running": [], "counts": {}, "active": []})},
 }

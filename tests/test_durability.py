@@ -183,7 +183,7 @@ def assert_same_to_the_bit(a: Path, b: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------- signals
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGUSR1: 75}
 
 
 SLOW = {"data.resolution": "256x256"}  # half a second a video

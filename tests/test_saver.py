@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import shutil
 import signal
@@ -26,12 +27,15 @@ class Counting:
     """A stage whose weights are its step, changed in place."""
 
     def __init__(self, root: Path, elements: int = 1000):
-        self.root, self.step, self.bad_in_a_row = root, 0, 0
+        self.root, self.step, self.bad_in_a_row = root, 0, {"student": 0}
         self.weights = torch.zeros(elements)
 
     def train(self) -> None:
         self.step += 1
         self.weights += 1
+
+    def spoil(self, value: float) -> None:
+        self.weights[-1] = value
 
     def content(self) -> Content:
         return {"student": {"a": self.weights, "b": self.weights}}, {"state.json": "{}"}
@@ -138,12 +142,46 @@ def test_bad_steps_are_not_saved_but_as_soon_as_they_are_over(tmp_path):
     saving = Saver(stage, Checkpoint(every=2, background=False), Console(quiet=True))
     for bad in (0, 1, 2, 0, 0):
         stage.train()
-        stage.bad_in_a_row = bad
+        stage.bad_in_a_row["student"] = bad
         saving.after_step()
     assert steps(stage.root) == [4]
-    stage.bad_in_a_row = 1
+    stage.bad_in_a_row["student"] = 1
     saving.finish()
+    assert steps(stage.root) == [4, 5]
+
+
+def test_what_is_saved_of_skipped_updates_removes_nothing(tmp_path):
+    stage = Counting(tmp_path / "checkpoints")
+    saving = Saver(stage, Checkpoint(every=1, keep=1, background=False), Console(quiet=True))
+    for _ in range(2):
+        stage.train()
+        saving.after_step()
+    assert steps(stage.root) == [2]
+    stage.train()
+    stage.bad_in_a_row["student"] = 1
+    assert saving.rescue() and steps(stage.root) == [2, 3]
+    stage.train()
+    stage.bad_in_a_row["student"] = 0
+    saving.after_step()
     assert steps(stage.root) == [4]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, background):
+    """Nobody could read them, and they would push out what is good."""
+    printed = Console(file=io.StringIO(), width=500)
+    stage = Counting(tmp_path / "checkpoints")
+    saving = Saver(stage, Checkpoint(every=1, keep=1, background=background), printed)
+    stage.train()
+    saving.after_step()
+    stage.train()
+    stage.spoil(value)
+    saving.after_step()
+    saving.finish()
+    assert not saving.rescue()
+    saving.close()
+    assert steps(stage.root) == [1] and "step 2: the weights are not finite" in printed.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_minutes(tmp_path):

@@ -402,7 +402,7 @@ def test_nan_weights_of_the_student_stop_the_run_before_they_spread(make):
         assert line["bad_steps"] == bad
         assert all(math.isfinite(value) for value in line.values())
         assert not {"critic_loss", "dmd_loss", "student_grad_norm"} & line.keys()
-    with pytest.raises(TrainingStopped, match=r"^step 4: .* not finite 3 steps in a row; lower optimizer.lr"):
+    with pytest.raises(TrainingStopped, match=r"^step 4: .* not finite in 3 updates in a row; lower optimizer.lr"):
         trainer.train_step()
     assert counts == {"student": 0, "fake_score": 0}
     assert same(weights(trainer, "fake_score"), before["fake_score"])
@@ -446,12 +446,12 @@ def test_one_bad_gradient_skips_its_update_alone(make, name, value):
     assert not same(weights(trainer, other), before[other])
     assert same(trainer.ema.weights, average) == (name == "student")
     assert f"{name}_grad_norm" not in line and f"{other}_grad_norm" in line
-    assert (line["bad_steps"], trainer.bad_steps, trainer.bad_in_a_row) == (1, 1, 1)
+    assert (line["bad_steps"], trainer.bad_steps, trainer.bad_in_a_row) == (1, 1, {name: 1, other: 0})
     assert trainer.student_updates == 3  # counted where it was skipped, so that the schedule keeps its length
     assert all(p.grad is None for role in ROLES for p in trainer.roles.parameters(role))
 
     line = trainer.train_step()
-    assert (line["bad_steps"], trainer.bad_in_a_row) == (1, 0)
+    assert (line["bad_steps"], trainer.bad_in_a_row) == (1, {name: 0, other: 0})
     assert counts == {name: 1, other: 2}
     assert not same(weights(trainer, name), before[name])
     assert all(torch.isfinite(v).all() for role in ROLES for v in weights(trainer, role).values())
@@ -464,6 +464,19 @@ def test_bad_steps_that_are_not_in_a_row_do_not_stop_it(make):
     parameter.register_hook(lambda g: g * math.nan if trainer.step + 1 in bad else g)
     lines = [trainer.train_step() for _ in range(7)]
     assert [line["bad_steps"] for line in lines] == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_updates_of_the_student_are_counted_though_most_steps_have_none(make):
+    """It comes every second step: steps 2, 4 and 6, with good ones of the fake score between them."""
+    printed = Console(file=io.StringIO(), width=1000)
+    trainer = make(**{"train.max_bad_steps": 3, "dmd.generator_update_interval": 2, "train.max_steps": 9})
+    trainer.console = printed
+    trainer.roles.parameters("student")[1].register_hook(lambda g: g * math.nan)
+    with pytest.raises(TrainingStopped, match=r"^step 6: loss or gradient of student .* in 3 updates in a row"):
+        trainer.fit()
+    assert trainer.bad_in_a_row == {"student": 3, "fake_score": 0} and trainer.bad_steps == 3
+    told = [line for line in printed.file.getvalue().splitlines() if "skipped" in line]  # type: ignore[attr-defined]
+    assert len(told) == 1 and told[0].startswith("step 2: loss or gradient of student was not finite")
 
 
 def test_a_stopped_run_keeps_its_checkpoint_and_can_go_on(make, train, settings):

@@ -286,10 +286,20 @@ def test_what_is_not_finite_is_computed_again(reused, at, write, made, tmp_path)
     assert_same_to_the_bit(run, whole)
 
 
-def test_after_a_step_that_was_not_finite_nothing_is_saved(whole, made, tmp_path):
+def test_a_signal_after_a_skipped_update_saves_it_too_and_removes_nothing(whole, made, tmp_path):
+    """The student's of step 2; its count goes on."""
+    run, keep = tmp_path / "run", ("--set", "checkpoint.keep=1", "--max-steps", 3)
     made.at = {7: spoil("student")}
-    said = interrupted(made, 14, tmp_path / "run.yaml", "--max-steps", 3)
-    assert "stopped in step 3; saved: step 1 " in said and last(tmp_path / "run").name == "step-000001"
+    said = interrupted(made, 14, tmp_path / "run.yaml", *keep)
+    assert "stopped in step 3; saved: step 2 and what is done of step 3 " in said
+    assert [folder.name for folder in list_checkpoints(run / "checkpoints")] == ["step-000001", "step-000002"]
+    state = json.loads((last(run) / "state.json").read_text())
+    assert state["bad_in_a_row"] == {"student": 1, "fake_score": 0} and state["bad_steps"] == 1
+    made.count = 0
+    done("fit", tmp_path / "run.yaml", *keep)
+    assert made.count == 4 and [folder.name for folder in list_checkpoints(run / "checkpoints")] == ["step-000003"]
+    state = json.loads((last(run) / "state.json").read_text())
+    assert state["bad_in_a_row"] == {"student": 0, "fake_score": 0} and state["bad_steps"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------- errors

@@ -749,7 +749,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(make, data, tmp_path):
         counted.append(not moved)
         assert all(p.isfinite().all() and p.grad is None for p in warmup.roles.parameters("student"))
         assert values["bad_steps"] == sum(counted)
-    assert sum(counted) == 2 and warmup.bad_in_a_row == 0  # once an epoch
+    assert sum(counted) == 2 and warmup.bad_in_a_row == {"warmup": 0}  # once an epoch
 
 
 def test_metrics_of_skipped_steps_are_json(write, data, tmp_path):
@@ -764,7 +764,9 @@ def test_too_many_in_a_row_stop_the_run(write, data, tmp_path):
     result = run_cli("fit", write({"warmup.data": str(bad), "warmup.steps": 9, "train.max_bad_steps": 3}))
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith("dmdtrain: step 3: loss or gradient was not finite 3 steps in a row; lower warmup.lr")
+    assert line.startswith(
+        "dmdtrain: step 3: loss or gradient of warmup was not finite in 3 updates in a row; lower warmup.lr"
+    )
     assert names(tmp_path / "run" / "warmup") == []  # nothing bad was saved
     facts = json.loads((tmp_path / "run" / "bad_steps" / "step-000003-warmup.json").read_text())
     assert facts["gradient_norms"] == {"student": "nan"} and facts["statistics"] == {"warmup_loss": "nan"}

@@ -115,8 +115,8 @@ def fit(
     """Train a student.
 
     Exit codes: 0 done; 1 training can not go on (not finite, out of memory); 2 a mistake in the call, the configuration or a
-    file; 74 too many checkpoints could not be saved; 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, after the micro-batch
-    in hand, with all that is done saved. The same command goes on.
+    file; 74 too many checkpoints could not be saved; 75 stopped by SIGTERM, SIGUSR1 or SIGHUP and 130 by Ctrl-C, after the
+    micro-batch in hand, with all that is done saved. The same command goes on.
     """
     with _one_line_errors():
         from dmdtrain.config import load

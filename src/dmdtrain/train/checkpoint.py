@@ -132,12 +132,12 @@ def sha256(file: Path) -> str:
 
 
 def write_checkpoint(
-    root: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], keep: int
+    root: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], keep: int | None
 ) -> Path:
     """Writes `step`'s checkpoint and then removes the oldest others until `keep` are left, besides those marked KEEP.
 
     Args:
-        tensors: file stem -> tensors. texts: file name -> content.
+        tensors: file stem -> tensors. texts: file name -> content. keep: None removes none.
 
     Raises:
         SaveFailed: disk full, folder gone, no permission ...; nothing half-written is left.
@@ -180,7 +180,7 @@ def write_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
     with suppress(OSError):
         others = [folder for folder in list_checkpoints(root) if folder != final and not (folder / KEEP).exists()]
-        for stale in others[: max(0, len(others) - (keep - 1))]:
+        for stale in others[: 0 if keep is None else max(0, len(others) - (keep - 1))]:
             _remove(stale)
     return final
 
@@ -316,13 +316,26 @@ def read_counters(folder: Path, names: tuple[str, ...]) -> dict[str, int]:
     """Whole numbers from state.json; the step is the manifest's."""
     state = read_json(folder, "state.json")
     for name in names:
-        value = state.get(name)
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise ConfigError(f"checkpoint: {folder}: state.json: {name}: {value!r}; it must be a whole number")
+        _check_count(folder, name, state.get(name))
     step = _manifest_of(folder).get("step")
     if step != state.get("step"):
         raise ConfigError(f"checkpoint: {folder}: state.json is of step {state.get('step')}, {MANIFEST} of {step!r}")
     return {name: state[name] for name in names}
+
+
+def read_counts(folder: Path, key: str, names: tuple[str, ...]) -> dict[str, int]:
+    """Whole numbers by name, all of which are one of state.json's objects."""
+    counts = read_json(folder, "state.json").get(key)
+    if not isinstance(counts, dict):
+        raise ConfigError(f"checkpoint: {folder}: state.json: {key}: {counts!r:.100}; it must be an object")
+    for name in names:
+        _check_count(folder, f"{key}.{name}", counts.get(name))
+    return {name: counts[name] for name in names}
+
+
+def _check_count(folder: Path, key: str, value: Any) -> None:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ConfigError(f"checkpoint: {folder}: state.json: {key}: {value!r:.100}; it must be a whole number")
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:

@@ -108,11 +108,9 @@ def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], rep
         return
     trainer.fit()
     saved = checkpoints.list_checkpoints(output / CHECKPOINTS)
-    if trainer.bad_in_a_row:
-        kept = f"the newest checkpoint is {saved[-1].name}" if saved else "there is no checkpoint"
-        console.print(
-            f"the last {trainer.bad_in_a_row} steps were not finite and were not saved; {kept}", soft_wrap=True
-        )
+    for name, count in trainer.bad_in_a_row.items():
+        if count:
+            console.print(f"the last {count} updates of {name} were not finite and were skipped", soft_wrap=True)
     if saved:
         console.print(f"done: {saved[-1]}", soft_wrap=True)
 

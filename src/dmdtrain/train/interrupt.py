@@ -1,8 +1,8 @@
-"""SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (batch systems and clouds) ask a command to stop.
+"""SIGINT (Ctrl-C), SIGTERM, SIGHUP (a terminal that goes) and SIGUSR1 (batch systems and clouds) ask a command to stop.
 
 The first one raises `Interrupted` wherever the program is, except inside `patiently`: there it is remembered, and the loop
 that finishes its micro-batch and saves asks for it. A second SIGINT or SIGTERM leaves at once, which the way files are written
-allows at any instant. SIGUSR1 is a notice that comes before a SIGTERM: the two together count as one.
+allows at any instant. SIGHUP and SIGUSR1 are notices that come before a SIGTERM: they count as one with what comes next.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NOTICES = (signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *NOTICES)
 BY_USER, BY_MACHINE = 130, 75  # exit codes: Ctrl-C; EX_TEMPFAIL, after which the same command is to be run again
 SHOW_CURSOR = b"\x1b[?25h"
 
@@ -47,17 +48,18 @@ def check() -> None:
 def _handle(number: int, _: FrameType | None) -> None:
     global _asked
     now, before = signal.Signals(number), _asked
-    if before is None or before == signal.SIGUSR1:
+    if before is None or before in NOTICES:
         _asked = now
         if before is None and not _patient:
             raise Interrupted(now)
         if before is None:
-            os.write(
-                2, f"dmdtrain: {now.name}: stopping after this micro-batch; a second signal leaves at once\n".encode()
-            )
-    elif now != signal.SIGUSR1:
-        if os.isatty(1):
-            os.write(1, SHOW_CURSOR)
+            text = f"dmdtrain: {now.name}: stopping after this micro-batch; a second signal leaves at once\n"
+            with suppress(OSError):  # a terminal that has gone
+                os.write(2, text.encode())
+    elif now not in NOTICES:
+        with suppress(OSError):
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)
         os._exit(exit_code(now))
 
 

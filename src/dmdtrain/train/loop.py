@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dmdtrain.config import Config
 from dmdtrain.train import interrupt
+from dmdtrain.train.alarms import BAD_STEPS
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
 from dmdtrain.train.reports import Reports
@@ -27,6 +28,7 @@ class Stage(Saved, Protocol):
     """Warm-up or distillation: steps that are counted, saved and resumed."""
 
     bad_steps: int
+    console: Console
     underway: Underway | None  # the step after `step`, if it is begun
 
     def train_step(self) -> Values:
@@ -35,30 +37,46 @@ class Stage(Saved, Protocol):
 
 
 def guarded_step(
+    underway: Underway,
     optimizer: torch.optim.Optimizer,
     parameters: list[torch.nn.Parameter],
     losses: list[torch.Tensor],
     clip: float,
     method: str,
 ) -> tuple[torch.Tensor, bool]:
-    """Clips and steps, unless a loss or the gradient is not finite. Returns the norm before clipping and whether it stepped."""
+    """Clips and steps, unless a loss or the gradient is not finite. Returns the norm before clipping and whether it stepped.
+
+    Inside `underway.optimizing`.
+    """
     norm = clip_gradients(parameters, clip, method)
     finite = bool(torch.isfinite(torch.stack([norm, *losses])).all())
     if finite:
+        underway.stepping = True
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
-def count_bad(stage: Stage, bad: bool, limit: int, advice: str) -> None:
-    """Counts steps that were skipped because they were not finite; TrainingStopped after `limit` in a row."""
-    stage.bad_steps += bad
-    stage.bad_in_a_row = stage.bad_in_a_row + 1 if bad else 0
-    if stage.bad_in_a_row >= limit:
-        raise TrainingStopped(
-            f"step {stage.step}: loss or gradient was not finite {stage.bad_in_a_row} steps in a row; {advice}, "
-            "then resume from the last checkpoint"
-        )
+def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, advice: str) -> None:
+    """Counts updates that were skipped because they were not finite; TrainingStopped after `limit` of one role in a row.
+
+    Args:
+        bad: the step's updates, and whether each was.
+    """
+    stage.bad_steps += any(bad.values())
+    for name, skipped in bad.items():
+        count = stage.bad_in_a_row[name] = stage.bad_in_a_row[name] + 1 if skipped else 0
+        if count == 1:
+            stage.console.print(
+                f"step {stage.step}: loss or gradient of {name} was not finite; the update is skipped, {BAD_STEPS} has what "
+                "it was made of",
+                soft_wrap=True,
+            )
+        if count >= limit:
+            raise TrainingStopped(
+                f"step {stage.step}: loss or gradient of {name} was not finite in {count} updates in a row; {advice}, then "
+                "resume from the last checkpoint"
+            )
 
 
 def peak_memory_gib(device: torch.device) -> float:

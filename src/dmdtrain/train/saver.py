@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Protocol
 
+import torch
 from rich.console import Console
 
 from dmdtrain.config import Checkpoint
@@ -29,7 +30,7 @@ class Saved(Protocol):
     """What a stage is to its saver."""
 
     step: int
-    bad_in_a_row: int
+    bad_in_a_row: dict[str, int]  # by role: updates that were skipped
     root: Path
 
     def content(self) -> Content: ...
@@ -38,6 +39,12 @@ class Saved(Protocol):
 def size_of(content: Content) -> int:
     """Bytes of the tensors."""
     return sum(tensor.nbytes for tensors in content[0].values() for tensor in tensors.values())
+
+
+def sound(content: Content) -> bool:
+    """Whether all of it is finite, as a checkpoint that is read must be."""
+    found = [t.isfinite().all() for named in content[0].values() for t in named.values() if t.is_floating_point()]
+    return all(torch.stack([value.cpu() for value in found]).tolist()) if found else True
 
 
 def copied(content: Content) -> Content:
@@ -61,6 +68,7 @@ class Saver:
         self._clock = time.monotonic()
         self._thread: Thread | None = None
         self._in_flight, self._part = 0, False
+        self._keep: int | None = None
         self._error: BaseException | None = None
 
     @property
@@ -78,18 +86,25 @@ class Saver:
             self.wait()
         step, every = self.stage.step, self.settings.every_minutes
         self._due |= step % self.settings.every == 0 or last or 0 < 60 * every <= time.monotonic() - self._clock
-        if (
-            not self._due or self.stage.bad_in_a_row or step < self._retry_at
-        ):  # weights gone bad never replace good ones
+        if not self._due or self._skipping or step < self._retry_at:
             return False
         self.save()
         return True
 
+    @property
+    def _skipping(self) -> bool:
+        """Whether the last update of a role was not finite: its weights may have gone bad and replace no good ones."""
+        return any(self.stage.bad_in_a_row.values())
+
     def save(self) -> None:
-        """Starts or does the save of the stage as it is now."""
+        """Starts or does the save of the stage as it is now, unless that could not be read again."""
         self.wait()
         self._due, self._clock = False, time.monotonic()
         content, self._in_flight = self.stage.content(), self.stage.step
+        self._keep = None if self._skipping else self.settings.keep
+        if not sound(content):
+            self.console.print(f"step {self._in_flight}: the weights are not finite and are not saved", soft_wrap=True)
+            return
         self._part = UNDERWAY in content[0]
         if not (self.settings.background and self._fits(content) and self._starts(content)):
             self._write(content, self._in_flight)
@@ -98,13 +113,13 @@ class Saver:
     def _starts(self, content: Content) -> bool:
         """Whether a copy and a thread could be had; where not, steps wait for the save."""
         try:
-            thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
-            thread.start()
+            self._thread = Thread(target=self._write, args=(copied(content), self._in_flight), name="checkpoint")
+            self._thread.start()
         except (MemoryError, RuntimeError) as error:
+            self._thread = None
             if not ran_out(error) and "can't start new thread" not in str(error):
                 raise
             return False
-        self._thread = thread
         return True
 
     def _fits(self, content: Content) -> bool:
@@ -122,7 +137,7 @@ class Saver:
         try:
             if not self.stage.root.is_dir():  # it was there: a mount that has gone is not replaced by a folder below it
                 raise SaveFailed(f"{self.stage.root} has gone")
-            write_checkpoint(self.stage.root, step, *content, self.settings.keep)
+            write_checkpoint(self.stage.root, step, *content, self._keep)
         except BaseException as error:  # told by the main thread, in `_settle`
             self._error = error
 
@@ -169,10 +184,10 @@ class Saver:
         paused: the stage is within a step, of which no checkpoint knows.
         """
         self.wait()
-        while (paused or self.saved_step != self.stage.step) and not self.stage.bad_in_a_row:
+        while paused or self.saved_step != self.stage.step:
             self.save()
             self.wait()
-            if self.saved_step == self.stage.step or interrupt.asked():
+            if not self.failed or interrupt.asked():
                 return
             end = time.monotonic() + min(60, 2 ** (self.failed - 1))
             while time.monotonic() < end and not interrupt.asked():
@@ -183,7 +198,7 @@ class Saver:
         try:
             self.wait()
             new = self.saved_step != self.stage.step or UNDERWAY in self.stage.content()[0]
-            if new and not self.stage.bad_in_a_row:
+            if new:
                 self.save()
                 self.wait()
                 return self.saved_step == self.stage.step

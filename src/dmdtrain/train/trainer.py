@@ -42,7 +42,7 @@ from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup import Warmup
 from dmdtrain.train.warmup_step import WarmupBatch
 
-COUNTERS = ("step", "student_updates", "bad_steps", "bad_in_a_row")
+COUNTERS = ("step", "student_updates", "bad_steps")
 
 
 class Trainer:
@@ -108,7 +108,8 @@ class Trainer:
         self.root = run.output_dir / CHECKPOINTS
         self.alarms = Alarms(self.config.alarms, self._alarm)
         self.norms: Stats = {}  # the last gradient norm of each role
-        self.step = self.student_updates = self.bad_steps = self.bad_in_a_row = 0
+        self.step = self.student_updates = self.bad_steps = 0
+        self.bad_in_a_row = dict.fromkeys(self.optimizers, 0)
         self.underway: Underway | None = None  # the step after `step`, if it is begun
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -158,7 +159,7 @@ class Trainer:
         )
         losses = [value for key, value in total.items() if key.endswith("loss")]
         with self.distiller.phases("optimizer"), underway.optimizing():
-            norm, finite = guarded_step(self.optimizers[name], parameters, losses, clip, method)
+            norm, finite = guarded_step(underway, self.optimizers[name], parameters, losses, clip, method)
             if finite and name == "student" and self.ema is not None:
                 self.ema.update(self.student_updates + 1)
         self.norms[name] = norm
@@ -212,7 +213,7 @@ class Trainer:
         else:
             critic = self._update(underway, "fake_score")
             student = self._update(underway, "student") if due else {}
-        bad = critic is None or student is None
+        bad = {name: underway.finished[name] is None for name in names}
         values = (critic or {}) | (student or {})
         seconds, self.underway = underway.seconds, None
         self.step += 1
@@ -252,7 +253,7 @@ class Trainer:
             tensors["ema"] = self.ema.weights
         tensors["random"] = self._random() if self.underway is None else self.underway.random
         counters = {name: getattr(self, name) for name in COUNTERS}
-        state = {"stage": "dmd"} | counters | {"alarms": self.alarms.state()}
+        state = {"stage": "dmd"} | counters | {"bad_in_a_row": self.bad_in_a_row, "alarms": self.alarms.state()}
         if self.underway is not None:
             self.underway.add_to(tensors, state, self.roles.named_parameters(self.underway.update))
         texts["state.json"] = json.dumps(state) + "\n"
@@ -280,6 +281,7 @@ class Trainer:
             )
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
+        self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", tuple(self.optimizers))
         names, n = self._updates(), self.config.samples_per_update
         left = (lambda: batches.ahead().draws.score_noise) if names[0] == "student" else None
         self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)

@@ -35,7 +35,7 @@ class Underway:
     total: Stats = field(default_factory=dict)  # their share of its numbers
     videos: list[torch.Tensor] = field(default_factory=list)  # [b, C, t, H, W]: the student's, where it leaves them
     seconds: dict[str, float] = field(default_factory=dict)  # by update
-    torn: bool = False  # a micro-batch has begun and not ended: the gradients are of no use
+    torn: bool = False  # a micro-batch or clipping has begun and not ended: the gradients are of no use
     stepping: bool = False  # the optimizer has begun and not ended: nor are the weights
 
     def begin(self, update: str) -> None:
@@ -45,9 +45,10 @@ class Underway:
 
     @contextmanager
     def optimizing(self) -> Iterator[None]:
-        self.stepping = True
+        """Clipping, the optimizer's step and what goes with it."""
+        self.torn = True
         yield
-        self.stepping = False
+        self.torn = self.stepping = False
 
     @contextmanager
     def timed(self, update: str) -> Iterator[None]:

@@ -29,7 +29,7 @@ from dmdtrain.train.step import Stats, as_numbers
 from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
-COUNTERS = ("step", "bad_steps", "bad_in_a_row")
+COUNTERS = ("step", "bad_steps")
 
 
 def check_data(run: Run) -> None:
@@ -124,7 +124,8 @@ class Warmup:
         )
         self.generator = torch.Generator().manual_seed(run.config.train.seed + 2)
         self.alarms = Alarms(self.config.alarms, self._alarm)
-        self.step = self.bad_steps = self.bad_in_a_row = 0
+        self.step = self.bad_steps = 0
+        self.bad_in_a_row = {WARMUP: 0}
         self.underway: Underway | None = None  # the step after `step`, if it is begun
 
     def _alarm(self, text: str) -> None:
@@ -192,7 +193,7 @@ class Warmup:
             group["lr"] = lr
         clip, method = config.optimizer.grad_clip, config.optimizer.grad_clip_method
         with underway.optimizing():
-            norm, finite = guarded_step(self.optimizer, parameters, [*total.values()], clip, method)
+            norm, finite = guarded_step(underway, self.optimizer, parameters, [*total.values()], clip, method)
         self.step, self.underway = self.step + 1, None
         if not finite:
             dump_bad_step(
@@ -202,7 +203,7 @@ class Warmup:
                 statistics=total,
                 gradient_norms={"student": norm},
             )
-        count_bad(self, not finite, config.train.max_bad_steps, "lower warmup.lr")
+        count_bad(self, {WARMUP: not finite}, config.train.max_bad_steps, "lower warmup.lr")
         values = as_numbers(total | {"warmup_grad_norm": norm}) if finite else {}
         values |= self.alarms.step(self.step, values)
         return values | {"lr_warmup": lr, "bad_steps": self.bad_steps}
@@ -219,7 +220,7 @@ class Warmup:
         checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
         tensors["random"] = self._random() if self.underway is None else self.underway.random
         counters = {name: getattr(self, name) for name in COUNTERS}
-        state = {"stage": WARMUP} | counters | {"alarms": self.alarms.state()}
+        state = {"stage": WARMUP} | counters | {"bad_in_a_row": self.bad_in_a_row, "alarms": self.alarms.state()}
         if self.underway is not None:
             self.underway.add_to(tensors, state, parameters)
         texts["state.json"] = json.dumps(state) + "\n"
@@ -233,6 +234,7 @@ class Warmup:
         checkpoints.load_random(folder, self.generator, "files", self.samples, key, "samples")
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
+        self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", (WARMUP,))
         n = self.config.samples_per_update
         self.underway = load_underway(
             folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
