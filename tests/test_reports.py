@@ -203,7 +203,7 @@ def test_a_webhook_hears_of_the_end_of_a_run_that_fails(write, hook):
     file = write(**{"log.webhook": f"http://{hook.address}", "optimizer.lr": 1e30, "train.max_bad_steps": 1})
     result = run_cli("fit", file)
     assert result.exit_code == 1, result.output
-    assert hook.got[-1][2]["event"] == "stopped" and "was not finite 1 steps in a row" in hook.got[-1][2]["text"]
+    assert hook.got[-1][2]["event"] == "stopped" and "was not finite 1 times in a row" in hook.got[-1][2]["text"]
 
 
 @pytest.mark.parametrize("server", ["hangs", "refuses", "fails"])

@@ -402,7 +402,7 @@ def test_nan_weights_of_the_student_stop_the_run_before_they_spread(make):
         assert line["bad_steps"] == bad
         assert all(math.isfinite(value) for value in line.values())
         assert not {"critic_loss", "dmd_loss", "student_grad_norm"} & line.keys()
-    with pytest.raises(TrainingStopped, match=r"^step 4: .* not finite in 3 updates in a row; lower optimizer.lr"):
+    with pytest.raises(TrainingStopped, match=r"^step 4: .* not finite 3 times in a row; lower optimizer.lr"):
         trainer.train_step()
     assert counts == {"student": 0, "fake_score": 0}
     assert same(weights(trainer, "fake_score"), before["fake_score"])
@@ -472,7 +472,7 @@ def test_updates_of_the_student_are_counted_though_most_steps_have_none(make):
     trainer = make(**{"train.max_bad_steps": 3, "dmd.generator_update_interval": 2, "train.max_steps": 9})
     trainer.console = printed
     trainer.roles.parameters("student")[1].register_hook(lambda g: g * math.nan)
-    with pytest.raises(TrainingStopped, match=r"^step 6: loss or gradient of student .* in 3 updates in a row"):
+    with pytest.raises(TrainingStopped, match=r"^step 6: loss or gradient of student .* 3 times in a row"):
         trainer.fit()
     assert trainer.bad_in_a_row == {"student": 3, "fake_score": 0} and trainer.bad_steps == 3
     told = [line for line in printed.file.getvalue().splitlines() if "skipped" in line]  # type: ignore[attr-defined]

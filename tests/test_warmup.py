@@ -765,7 +765,7 @@ def test_too_many_in_a_row_stop_the_run(write, data, tmp_path):
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith(
-        "dmdtrain: step 3: loss or gradient of warmup was not finite in 3 updates in a row; lower warmup.lr"
+        "dmdtrain: step 3: loss or gradient of warmup was not finite 3 times in a row; lower warmup.lr"
     )
     assert names(tmp_path / "run" / "warmup") == []  # nothing bad was saved
     facts = json.loads((tmp_path / "run" / "bad_steps" / "step-000003-warmup.json").read_text())

@@ -74,7 +74,7 @@ def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, advice: str) ->
             )
         if count >= limit:
             raise TrainingStopped(
-                f"step {stage.step}: loss or gradient of {name} was not finite in {count} updates in a row; {advice}, then "
+                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row; {advice}, then "
                 "resume from the last checkpoint"
             )
 
