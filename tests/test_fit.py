@@ -10,11 +10,15 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import done, refused
+from bitsandbytes.nn import Linear4bit
+from conftest import done, refused, tiny_transformer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
+from dmdtrain.config import load
+from dmdtrain.models.quantize import Int8Linear
+from dmdtrain.train.setup import build_roles, resolve
 
 
 @pytest.fixture
@@ -71,6 +75,35 @@ def test_a_base_with_other_weights_is_another_model(settings, wan_folder, tmp_pa
     refused("fit", file, says=[f"model.base: {base} has other weights than when", "step-000002 was saved"])
     save_file(tensors, weights, metadata={"format": "pt"})
     done("fit", file)
+
+
+@pytest.mark.parametrize(("own", "shared"), [("nf4", "int8"), ("int8", "nf4"), (None, "int8")])
+def test_a_larger_teacher_in_a_precision_of_its_own(settings, wan_folder, tmp_path, own, shared):
+    """Three wider blocks beside a student of two: what it teaches is not what the base would have taught."""
+    teacher = shutil.copytree(wan_folder, tmp_path / "teacher")
+    shutil.rmtree(teacher / "transformer")
+    tiny_transformer(num_layers=3, attention_head_dim=32, ffn_dim=256).save_pretrained(teacher / "transformer")
+    settings["model"] |= {"precision": shared, "quantize_via": "device"}
+    learned = []
+    for name, other in (("own", {"teacher": str(teacher), "teacher_precision": own}), ("shared", {})):
+        settings |= {"output_dir": str(tmp_path / name)}
+        settings["model"] |= other if name == "own" else {"teacher": None, "teacher_precision": None}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        done("fit", file, "--max-steps", 2)
+        ckpt = tmp_path / name / "checkpoints" / "step-000002"
+        assert "done: " in done("fit", file, "--max-steps", 4)
+        learned.append(load_file(ckpt / "student.safetensors"))
+    assert learned[0].keys() == learned[1].keys()
+    assert not all(torch.equal(value, learned[1][key]) for key, value in learned[0].items())
+    ckpt = tmp_path / "own" / "checkpoints" / "step-000004"
+    done("validate", "--ckpt", ckpt, "--compare-teacher", "--teacher-steps", 2, "--count", 1)
+    run = resolve(load(ckpt / "config.yaml"), for_training=False)
+    roles = build_roles(run, torch.device("cpu"))
+    layers = {"int8": Int8Linear, "nf4": Linear4bit}
+    for role, precision in (("teacher", own or shared), ("student", shared)):
+        there = {type(module) for module in roles.roles[role].module.modules()} & {*layers.values()}
+        assert there == {layers[precision]}, role
 
 
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, config_file, tmp_path):

@@ -33,13 +33,21 @@ class TextCache:
 
     Args:
         folder: of the model. cache: where the files go. length: tokens, zero-padded (L below). precision: of the encoder.
-        compress: what is written; both kinds are read.
+        compress: what is written; both kinds are read. quantize_on: where the encoder is quantized; None: the CPU.
     """
 
     def __init__(
-        self, folder: WanFolder, cache: Path, length: int, precision: str, device: torch.device, compress: bool = False
+        self,
+        folder: WanFolder,
+        cache: Path,
+        length: int,
+        precision: str,
+        device: torch.device,
+        compress: bool = False,
+        quantize_on: torch.device | None = None,
     ):
         self.folder, self.cache, self.length, self.precision, self.device = folder, cache, length, precision, device
+        self.quantize_on = quantize_on
         self.shards = Shards(cache, "data.cache_dir", compress)
         self._names: dict[str, str] = {}
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -96,7 +104,7 @@ class TextCache:
         if not self.shards.open_for_writing():  # others may be at work: from another place on, until all have met
             begin = random.randrange(len(missing))
             missing = missing[begin:] + missing[:begin]
-        tokenizer, encoder = load_text_encoder(self.folder, self.precision)
+        tokenizer, encoder = load_text_encoder(self.folder, self.precision, self.quantize_on)
         encoder.to(self.device)
         rows: dict[str, torch.Tensor] = {}
         aliases: dict[str, str] = {}

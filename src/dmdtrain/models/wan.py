@@ -194,8 +194,8 @@ def load_vae(folder: WanFolder) -> Any:
     return _loaded(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
 
 
-def load_text_encoder(folder: WanFolder, precision: str) -> tuple[Any, Any]:
-    """(tokenizer, frozen UMT5 encoder); precision as in `load_transformer`."""
+def load_text_encoder(folder: WanFolder, precision: str, quantize_on: torch.device | None = None) -> tuple[Any, Any]:
+    """(tokenizer, frozen UMT5 encoder); precision and quantize_on as in `load_transformer`."""
     from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
     from transformers.utils import logging
 
@@ -204,7 +204,7 @@ def load_text_encoder(folder: WanFolder, precision: str) -> tuple[Any, Any]:
         encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
     else:
         build = lambda: UMT5EncoderModel(AutoConfig.from_pretrained(folder.path / "text_encoder"))  # noqa: E731
-        encoder = _loaded_quantized(build, folder, "text_encoder", precision, "", None)
+        encoder = _loaded_quantized(build, folder, "text_encoder", precision, "", quantize_on)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -226,8 +226,7 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
             "native" if config.train.deterministic else model.attention
         )  # cuDNN's and FlashAttention's backward is not
         attention = pick_attention(wanted, device, head_dim, compute_dtype(config))
-        quantize_on = device if model.quantize_via == "device" else None
-        transformer = load_transformer(folder, precision, attention, quantize_on, cache)
+        transformer = load_transformer(folder, precision, attention, _quantize_on(config, device), cache)
         if model.offload_blocks:
             stream_blocks(transformer, device)
         if model.int8_matmul:
@@ -248,6 +247,11 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
         raise ConfigError(
             f"student.targets: {', '.join(config.student.targets)}: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _quantize_on(config: Config, device: torch.device) -> torch.device | None:
+    """None: the CPU."""
+    return device if config.model.quantize_via == "device" else None
 
 
 def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_score")) -> dict[str, Any]:
@@ -274,7 +278,10 @@ def cache_root(run: Run) -> Path:
 def text_cache(run: Run, device: torch.device) -> TextCache:
     config = run.config
     length, precision = config.data.max_sequence_length, config.model.text_encoder_precision
-    return TextCache(run.base, cache_root(run) / "text", length, precision, device, config.data.cache_compress)
+    where = cache_root(run) / "text"
+    return TextCache(
+        run.base, where, length, precision, device, config.data.cache_compress, _quantize_on(config, device)
+    )
 
 
 def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> int:
