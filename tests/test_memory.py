@@ -12,7 +12,7 @@ import yaml
 from conftest import done, refused, run_cli, tiny_transformer
 from torch import nn
 
-from dmdtrain.config import build
+from dmdtrain.config import ConfigError, build
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.models import quantize
 from dmdtrain.models.attention import norm_queries_and_keys, pick_attention, works
@@ -23,7 +23,7 @@ from dmdtrain.models.roles import AdapterSpec, Roles
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
 from dmdtrain.train.accounting import LiveBytes, PeakPhases
 from dmdtrain.train.batches import Batches
-from dmdtrain.train.setup import resolve
+from dmdtrain.train.setup import build_roles, resolve
 from dmdtrain.train.step import Distiller
 from dmdtrain.train.trainer import Trainer
 
@@ -326,6 +326,24 @@ def test_auto_picks_what_runs():
         assert pick_attention("auto", cpu, 12, dtype) == "native"
         assert pick_attention("_native_math", cpu, 12, dtype) == "_native_math"
         assert works("native", cpu, 12, dtype) and not works("flash", cpu, 12, dtype)
+
+
+@pytest.mark.parametrize(("backend", "says"), [("flex", "does not support backward on CPU"), ("flash", "flash-attn")])
+@pytest.mark.parametrize("args", [(), ("--dry-run",)])
+def test_a_backend_that_can_not_train_here_is_refused(settings, tmp_path, backend, says, args):
+    settings["model"]["attention"] = backend
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    refused("fit", file, *args, says=[f"model.attention: {backend} can not train on cpu in float32", says])
+    with pytest.raises(ConfigError, match=says):
+        build_roles(resolve(build(settings)), torch.device("cpu"))
+
+
+def test_sage_attention_is_valid_nowhere(settings):
+    """It has no backward on any machine."""
+    settings["model"]["attention"] = "sage"
+    with pytest.raises(ConfigError, match=r"model.attention: sage: valid are auto, (?!.*sage)"):
+        resolve(build(settings))
 
 
 def test_norms_of_queries_and_keys_keep_their_inputs_type():
