@@ -23,7 +23,7 @@ from dmdtrain.models.roles import AdapterSpec, Roles, cast_weights
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
 from dmdtrain.train.accounting import LiveBytes, PeakPhases
 from dmdtrain.train.batches import Batches
-from dmdtrain.train.setup import build_roles, resolve
+from dmdtrain.train.setup import attention_dtype, build_roles, resolve
 from dmdtrain.train.step import Distiller
 from dmdtrain.train.trainer import Trainer
 
@@ -368,6 +368,57 @@ def test_a_backend_that_can_not_train_here_is_refused(settings, tmp_path, backen
     refused("fit", file, *args, says=[f"model.attention: {backend} can not train on cpu in float32", says])
     with pytest.raises(ConfigError, match=says):
         build_roles(resolve(build(settings)), torch.device("cpu"))
+
+
+def test_the_processs_default_backend_changes_nothing(wan_folder):
+    from diffusers import attention_backend
+
+    folder = find_folder(str(wan_folder), "model.base")
+    with attention_backend("flex"):  # as DIFFUSERS_ATTN_BACKEND sets it; it has no backward on a CPU
+        model = load_transformer(folder, "fp32")
+        with attention_backend("flex"):
+            model(torch.randn(1, *SHAPE).requires_grad_(), torch.tensor([300.0]), CONTEXT[:1])[0].sum().backward()
+    assert {block.attn1.processor._attention_backend for block in model.blocks} == {"native"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"model": {"precision": "fp32"}}, torch.float32),
+        ({"model": {"precision": "bf16"}}, torch.bfloat16),
+        ({"model": {"precision": "nf4"}}, torch.bfloat16),
+        ({"model": {"precision": "bf16", "teacher": "t", "teacher_precision": "fp32"}}, torch.float32),
+        ({"model": {"precision": "bf16"}, "student": {"kind": "full"}}, torch.float32),
+        ({"model": {"precision": "bf16"}, "fake_score": {"kind": "full"}, "optimizer": {"name": "adamw_bf16"}}, None),
+    ],
+)
+def test_auto_chooses_for_the_widest_type_that_a_role_attends_in(changes, wanted):
+    for mixed in ("no", "bf16"):
+        found = attention_dtype(build({"train": {"mixed_precision": mixed}} | changes))
+        assert found == (wanted if mixed == "no" and wanted is not None else torch.bfloat16)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_roles_attend_in_the_type_that_is_told(settings, monkeypatch, weights, mixed):
+    """Of a bf16 base with LoRA, and a teacher of its own."""
+    from diffusers.models.transformers import transformer_wan
+
+    teacher = {"teacher": settings["model"]["base"], "teacher_precision": weights}
+    settings["model"] |= {"precision": "bf16"} | teacher
+    settings["train"]["mixed_precision"] = mixed
+    config = build(settings)
+    roles = build_roles(resolve(config), torch.device("cpu"))
+    seen, work = set(), transformer_wan.dispatch_attention_fn
+    monkeypatch.setattr(
+        transformer_wan,
+        "dispatch_attention_fn",
+        lambda q, k, v, **rest: seen.update({q.dtype, v.dtype}) or work(q, k, v, **rest),
+    )
+    for name in ("teacher", "student", "fake_score"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed == "bf16"):
+            roles.flow(name, torch.randn(1, *SHAPE), torch.tensor([300.0]), CONTEXT[:1])
+    assert max(seen, key=lambda dtype: dtype.itemsize) == attention_dtype(config)
 
 
 def test_sage_attention_is_valid_nowhere(settings):

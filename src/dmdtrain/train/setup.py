@@ -196,10 +196,14 @@ def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocas
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
 
 
-def compute_dtype(config: Config) -> torch.dtype:
-    """Of activations."""
-    plain = config.train.mixed_precision == "no" and config.model.precision == "fp32"
-    return torch.float32 if plain else torch.bfloat16
+def attention_dtype(config: Config) -> torch.dtype:
+    """The widest type that any role attends in. Autocast gives all of them bf16; without, each has its weights'."""
+    if config.train.mixed_precision == "bf16":
+        return torch.bfloat16
+    whole = "full" in (config.student.kind, config.fake_score.kind)
+    if whole and trained_dtype(config.optimizer.name) == torch.float32:
+        return torch.float32
+    return torch.float32 if "fp32" in (config.model.precision, config.model.teacher_precision) else torch.bfloat16
 
 
 def adapter_specs(config: Config) -> dict[str, AdapterSpec | None]:
@@ -216,7 +220,7 @@ def attention_of(config: Config, folder: WanFolder, device: torch.device) -> str
     """The attention backend of a folder's transformer. ConfigError where the one that is set can not train here."""
     # cuDNN's and FlashAttention's backward is not deterministic.
     wanted = "native" if config.train.deterministic else config.model.attention
-    return pick_attention(wanted, device, folder.transformer["attention_head_dim"], compute_dtype(config))
+    return pick_attention(wanted, device, folder.transformer["attention_head_dim"], attention_dtype(config))
 
 
 def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
