@@ -23,7 +23,8 @@ from dmdtrain.models.roles import AdapterSpec, Roles, cast_weights
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
 from dmdtrain.train.accounting import LiveBytes, PeakPhases
 from dmdtrain.train.batches import Batches
-from dmdtrain.train.setup import attention_dtype, build_roles, resolve
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.setup import attention_dtype, build_roles, resolve, text_cache
 from dmdtrain.train.step import Distiller
 from dmdtrain.train.trainer import Trainer
 
@@ -441,7 +442,14 @@ def test_norms_of_queries_and_keys_keep_their_inputs_type():
     assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), old(x), rtol=0.02, atol=0.02)
 
 
-# ------------------------------------------------------------------------------------------------- the codec's tiles
+# ------------------------------------------------------------------------------------------------------- the codec
+
+
+def test_a_codec_is_gone_after_its_use_though_it_still_has_a_name(settings):
+    run, cpu = resolve(build(settings)), torch.device("cpu")
+    with Renderer(run, build_roles(run, cpu, trained=()), text_cache(run, cpu)).codec() as vae:
+        assert not any(p.is_meta for p in vae.parameters())
+    assert all(p.is_meta for p in vae.parameters())
 
 
 def test_tiles_are_the_codecs_own_and_close_to_the_whole(wan_folder):
