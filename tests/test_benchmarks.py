@@ -27,6 +27,13 @@ def test_a_script_of_the_same_mathematics_has_the_same_losses(tmp_path):
     assert 0 < record["loop_overhead"] < 0.5 and record["ours_over_script"] > 0
 
 
+def test_the_record_says_that_the_loop_costs_next_to_nothing():
+    record = json.loads((BENCHMARKS / "minimal.json").read_text(encoding="utf-8"))
+    assert record["steps"] >= 8 and record["largest_relative_difference_of_a_loss"] < 1e-5
+    assert 0 < record["loop_overhead"] < 0.03 and 0.9 < record["ours_over_script"] <= 1.02
+    assert record["seconds_ours"] / record["seconds_script"] <= 1.02
+
+
 def test_throughput_of_data(tmp_path):
     record = run("data.py", "--prompts", "50", "--clips", "5", "--frames", "5", out=tmp_path / "data.json")
     assert record["prompts"]["prompts"] == 50 and record["clips"]["clips"] == 5
