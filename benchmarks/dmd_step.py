@@ -117,7 +117,7 @@ class Steps:
         self.config, self.device = config, device
         precision, attention = config.model.precision, config.model.attention
         base = random_transformer(SIZES[size], precision, device)
-        head_dim, dtype = SIZES[size]["attention_head_dim"], setup.compute_dtype(config)
+        head_dim, dtype = SIZES[size]["attention_head_dim"], setup.attention_dtype(config)
         base.set_attention_backend(pick_attention(attention, device, head_dim, dtype))
         if config.model.offload_blocks:
             stream_blocks(base, device)

@@ -24,7 +24,7 @@ from dmdtrain.models.causal import KVCache
 from dmdtrain.models.roles import AdapterSpec, Roles
 from dmdtrain.models.wan import find_folder, load_transformer
 from dmdtrain.rollout import BlockLayout, Denoiser, draw_noise, predict_x0, replay_backward, rollout
-from dmdtrain.train.plan import LiveBytes
+from dmdtrain.train.accounting import LiveBytes
 from dmdtrain.train.step import student_denoiser
 
 STEPS = [1000.0, 757.0, 522.0]
@@ -90,8 +90,8 @@ def main() -> None:
 
 
 def cache_bytes(cache: KVCache) -> int:
-    pairs = [pair for layer in cache._layers.values() for pair in layer.values()] + list(cache.cross.values())
-    return sum(t.untyped_storage().nbytes() for pair in pairs for t in pair)
+    stored = [kept.get() for layer in cache._layers.values() for pair in layer.values() for kept in pair]
+    return sum(t.untyped_storage().nbytes() for t in (*stored, *(t for pair in cache.cross.values() for t in pair)))
 
 
 def measure(roles, parameters, blocks, local, checkpointing, args, device) -> dict:

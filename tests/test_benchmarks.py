@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -23,11 +27,46 @@ def test_a_script_of_the_same_mathematics_has_the_same_losses(tmp_path):
     assert 0 < record["loop_overhead"] < 0.5 and record["ours_over_script"] > 0
 
 
+def test_the_record_says_that_the_loop_costs_next_to_nothing():
+    record = json.loads((BENCHMARKS / "minimal.json").read_text(encoding="utf-8"))
+    assert record["steps"] >= 8 and record["largest_relative_difference_of_a_loss"] < 1e-5
+    assert 0 < record["loop_overhead"] < 0.03 and 0.9 < record["ours_over_script"] <= 1.02
+    assert record["seconds_ours"] / record["seconds_script"] <= 1.02
+
+
 def test_throughput_of_data(tmp_path):
     record = run("data.py", "--prompts", "50", "--clips", "5", "--frames", "5", out=tmp_path / "data.json")
     assert record["prompts"]["prompts"] == 50 and record["clips"]["clips"] == 5
     rates = [value for part in record.values() if isinstance(part, dict) for value in part.values()]
     assert len(rates) > 20 and min(rates) >= 0
+
+
+def in_process(monkeypatch, script: str, *arguments: str) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    try:
+        importlib.import_module(script).main()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_replay_holds_less_than_one_graph(monkeypatch, tmp_path):
+    out = tmp_path / "replay.json"
+    in_process(monkeypatch, "replay", "--blocks", "2", "--batch", "1", "--repeats", "1", "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["checkpointing"], row["window"]) for row in rows] == [(c, w) for c in (True, False) for w in (None, 9)]
+    assert all(0 < row["replay"]["peak_mib"] < row["one_graph"]["peak_mib"] for row in rows)
+
+
+def test_full_steps_of_a_tiny_model(monkeypatch, tmp_path):
+    changes = ("--compare", "train.gradient_checkpointing=false")
+    in_process(monkeypatch, "dmd_step", "--size", "tiny", "--steps", "1", *changes, "--out", str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    record = json.loads(file.read_text())
+    assert record["settings"]["live_peak_gib"] < record["compared"]["live_peak_gib"]
+    for found in (record["settings"], record["compared"]):
+        assert found["seconds"] > 0 and found["seconds_replay"] > 0
+        assert found["live_peak_gib"] == pytest.approx(found["planned_peak_gib"], rel=0.1)
 
 
 def test_the_page_of_records_is_made_of_them(monkeypatch):

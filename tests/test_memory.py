@@ -12,18 +12,19 @@ import yaml
 from conftest import done, refused, run_cli, tiny_transformer
 from torch import nn
 
-from dmdtrain.config import build
+from dmdtrain.config import ConfigError, build
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.models import quantize
 from dmdtrain.models.attention import norm_queries_and_keys, pick_attention, works
 from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.offload import HostTensor, StreamedLinear, stream_blocks
-from dmdtrain.models.quantize import Int8Linear, Int8Tensor, int8_matmul, quantized_linear
-from dmdtrain.models.roles import AdapterSpec, Roles
+from dmdtrain.models.quantize import Int8Linear, Int8Tensor, int8_matmul, multiply_in_int8, quantized_linear
+from dmdtrain.models.roles import AdapterSpec, Roles, cast_weights
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
 from dmdtrain.train.accounting import LiveBytes, PeakPhases
 from dmdtrain.train.batches import Batches
-from dmdtrain.train.setup import resolve
+from dmdtrain.train.render import Renderer
+from dmdtrain.train.setup import attention_dtype, build_roles, resolve, text_cache
 from dmdtrain.train.step import Distiller
 from dmdtrain.train.trainer import Trainer
 
@@ -42,12 +43,15 @@ def make(
     train: dict | None = None,
     precision: str = "fp32",
     stream: bool = False,
+    int8_matmul: bool = False,
     device: str = "cpu",
     **options,
 ):
     """A Distiller on a model of five blocks, the same weights whatever the options."""
     base = tiny_transformer(num_layers=LAYERS)
-    if precision != "fp32":
+    if precision == "bf16":
+        cast_weights(base, torch.bfloat16)
+    elif precision != "fp32":
         for name, layer in list(base.blocks.named_modules()):
             if type(layer) is nn.Linear:
                 parent, _, child = name.rpartition(".")
@@ -56,6 +60,8 @@ def make(
     base.requires_grad_(False).to(device)
     if stream:
         stream_blocks(base, torch.device(device))
+    if int8_matmul:
+        multiply_in_int8(base)
     values = {"rollout": {"num_training_frames": 3, **(rollout or {})}, "validation": {"num_frames": 9}}
     config = build(values | {"train": {"mixed_precision": "no", **(train or {})}})
     torch.manual_seed(3)
@@ -101,7 +107,7 @@ CASES = {
     "blocks on the host": (0.0, {}, {"stream": True}),
     "causal, blocks on the host": (0.0, {"rollout": CAUSAL}, {"stream": True}),
     "int8 blocks on the host": (0.0, {"precision": "int8"}, {"stream": True}),
-    "nf4 blocks on the host": (1e-2, {"precision": "nf4"}, {"stream": True}),
+    "nf4 blocks on the host": (0.0, {"precision": "nf4"}, {"stream": True}),
     "all on the host": (
         0.0,
         {"rollout": CAUSAL, "precision": "int8"},
@@ -131,6 +137,32 @@ def test_an_option_changes_no_gradient_beyond_its_rounding(case, device):
     assert apart(found, wanted) <= max(close, order)
     if "int8" in case.split():
         assert apart(found, wanted) > 0 or "cache" not in case  # it does round
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("mixed", ["bf16", "no"])
+@pytest.mark.parametrize("layers", ["fp32", "bf16", "int8", "int8, rounded products", "nf4"])
+def test_blocks_on_the_host_compute_the_same_bits(layers, mixed, device):
+    precision, _, rounded = layers.partition(", ")
+    options = {"precision": precision, "int8_matmul": bool(rounded), "device": device, "autocast": mixed == "bf16"}
+    made = [make(train={"mixed_precision": mixed}, stream=stream, **options) for stream in (False, True)]
+    inputs = [x.to(device) for x in (torch.randn(2, *SHAPE), torch.tensor([300.0, 900.0]), CONTEXT)]
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient), made[0].autocast():
+            resident, streamed = (distiller.roles.flow("student", *inputs) for distiller in made)
+        assert resident.dtype == streamed.dtype and torch.equal(resident, streamed)
+    if device == "cpu":  # CUDA adds up some gradients in any order
+        resident, streamed = map(gradients, made)
+        assert all(torch.equal(streamed[key], resident[key]) for key in resident)
+
+
+def test_rounded_products_are_rounded_on_the_host_too():
+    flows = []
+    for options in ({}, {"int8_matmul": True}, {"int8_matmul": True, "stream": True}):
+        with torch.no_grad():
+            roles = make(precision="int8", **options).roles
+            flows.append(roles.flow("teacher", torch.ones(1, *SHAPE), torch.tensor([300.0]), CONTEXT[:1]))
+    assert not torch.equal(flows[0], flows[1]) and torch.equal(flows[1], flows[2])
 
 
 def test_a_growing_cache_compiles_nothing_again():
@@ -328,6 +360,75 @@ def test_auto_picks_what_runs():
         assert works("native", cpu, 12, dtype) and not works("flash", cpu, 12, dtype)
 
 
+@pytest.mark.parametrize(("backend", "says"), [("flex", "does not support backward on CPU"), ("flash", "flash-attn")])
+@pytest.mark.parametrize("args", [(), ("--dry-run",)])
+def test_a_backend_that_can_not_train_here_is_refused(settings, tmp_path, backend, says, args):
+    settings["model"]["attention"] = backend
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    refused("fit", file, *args, says=[f"model.attention: {backend} can not train on cpu in float32", says])
+    with pytest.raises(ConfigError, match=says):
+        build_roles(resolve(build(settings)), torch.device("cpu"))
+
+
+def test_the_processs_default_backend_changes_nothing(wan_folder):
+    from diffusers import attention_backend
+
+    folder = find_folder(str(wan_folder), "model.base")
+    with attention_backend("flex"):  # as DIFFUSERS_ATTN_BACKEND sets it; it has no backward on a CPU
+        model = load_transformer(folder, "fp32")
+        with attention_backend("flex"):
+            model(torch.randn(1, *SHAPE).requires_grad_(), torch.tensor([300.0]), CONTEXT[:1])[0].sum().backward()
+    assert {block.attn1.processor._attention_backend for block in model.blocks} == {"native"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"model": {"precision": "fp32"}}, torch.float32),
+        ({"model": {"precision": "bf16"}}, torch.bfloat16),
+        ({"model": {"precision": "nf4"}}, torch.bfloat16),
+        ({"model": {"precision": "bf16", "teacher": "t", "teacher_precision": "fp32"}}, torch.float32),
+        ({"model": {"precision": "bf16"}, "student": {"kind": "full"}}, torch.float32),
+        ({"model": {"precision": "bf16"}, "fake_score": {"kind": "full"}, "optimizer": {"name": "adamw_bf16"}}, None),
+    ],
+)
+def test_auto_chooses_for_the_widest_type_that_a_role_attends_in(changes, wanted):
+    for mixed in ("no", "bf16"):
+        found = attention_dtype(build({"train": {"mixed_precision": mixed}} | changes))
+        assert found == (wanted if mixed == "no" and wanted is not None else torch.bfloat16)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_roles_attend_in_the_type_that_is_told(settings, monkeypatch, weights, mixed):
+    """Of a bf16 base with LoRA, and a teacher of its own."""
+    from diffusers.models.transformers import transformer_wan
+
+    teacher = {"teacher": settings["model"]["base"], "teacher_precision": weights}
+    settings["model"] |= {"precision": "bf16"} | teacher
+    settings["train"]["mixed_precision"] = mixed
+    config = build(settings)
+    roles = build_roles(resolve(config), torch.device("cpu"))
+    seen, work = set(), transformer_wan.dispatch_attention_fn
+    monkeypatch.setattr(
+        transformer_wan,
+        "dispatch_attention_fn",
+        lambda q, k, v, **rest: seen.update({q.dtype, v.dtype}) or work(q, k, v, **rest),
+    )
+    for name in ("teacher", "student", "fake_score"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed == "bf16"):
+            roles.flow(name, torch.randn(1, *SHAPE), torch.tensor([300.0]), CONTEXT[:1])
+    assert max(seen, key=lambda dtype: dtype.itemsize) == attention_dtype(config)
+
+
+def test_sage_attention_is_valid_nowhere(settings):
+    """It has no backward on any machine."""
+    settings["model"]["attention"] = "sage"
+    with pytest.raises(ConfigError, match=r"model.attention: sage: valid are auto, (?!.*sage)"):
+        resolve(build(settings))
+
+
 def test_norms_of_queries_and_keys_keep_their_inputs_type():
     model = tiny_transformer()
     names, old = dict(model.named_parameters()).keys(), model.blocks[0].attn1.norm_q
@@ -341,7 +442,14 @@ def test_norms_of_queries_and_keys_keep_their_inputs_type():
     assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), old(x), rtol=0.02, atol=0.02)
 
 
-# ------------------------------------------------------------------------------------------------- the codec's tiles
+# ------------------------------------------------------------------------------------------------------- the codec
+
+
+def test_a_codec_is_gone_after_its_use_though_it_still_has_a_name(settings):
+    run, cpu = resolve(build(settings)), torch.device("cpu")
+    with Renderer(run, build_roles(run, cpu, trained=()), text_cache(run, cpu)).codec() as vae:
+        assert not any(p.is_meta for p in vae.parameters())
+    assert all(p.is_meta for p in vae.parameters())
 
 
 def test_tiles_are_the_codecs_own_and_close_to_the_whole(wan_folder):

@@ -68,10 +68,11 @@ def _quiet() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it sets its logger's level as it is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    for name in ("bitsandbytes", "diffusers", "peft"):
+    for name in ("bitsandbytes", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -211,8 +211,8 @@ class Model(Group):
     text_encoder_precision: Precision = "bf16"
     """Of the text encoder, which runs once per prompt and is then freed."""
     attention: str = "auto"
-    """Attention backend by Diffusers' name: native, flash, _flash_3, _native_cudnn, sage, xformers ... auto: the fastest that
-    runs here with its backward, of FlashAttention 3, cuDNN's, FlashAttention 2 and PyTorch's own."""
+    """Attention backend by Diffusers' name: native, flash, flash_hub, _native_cudnn, xformers ...; one whose backward does
+    not run here is refused. auto: the fastest that does, of FlashAttention 3, cuDNN's, FlashAttention 2 and PyTorch's own."""
     flow_shift: Positive | None = None
     """Shift of the teacher's own sampling schedule. None: what the model folder's scheduler says."""
 

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 from torch.nn import functional
 
+from dmdtrain.config import ConfigError
+
 AUTO = "auto"
+BACKENDS = tuple(
+    backend.value for backend in AttentionBackendName if "sage" not in backend.value
+)  # that has no backward
 # The fastest first: FlashAttention 3 (as soon as Diffusers gives it a backward), cuDNN's, FlashAttention 2, PyTorch's choice.
 CUDA_ORDER = ("_flash_3", "_native_cudnn", "flash", "native")
 
 
 def pick_attention(name: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
-    """`name` itself, or for auto the first of `CUDA_ORDER` that gets through a small problem in `dtype`; native on a CPU."""
-    if name != AUTO:
-        return name
-    order = CUDA_ORDER if device.type == "cuda" else ("native",)
-    return next((backend for backend in order if works(backend, device, head_dim, dtype)), "native")
+    """`name` itself, or for auto the first of `CUDA_ORDER` that gets through a small problem in `dtype`; native on a CPU.
+
+    Raises:
+        ConfigError: `name` does not get through it.
+    """
+    if name == AUTO:
+        order = CUDA_ORDER if device.type == "cuda" else ("native",)
+        return next((backend for backend in order if works(backend, device, head_dim, dtype)), "native")
+    if reason := why_not(name, device, head_dim, dtype):
+        kind = f"{device.type} in {str(dtype).removeprefix('torch.')} with heads of {head_dim}"
+        raise ConfigError(f"model.attention: {name} can not train on {kind}: {reason}; auto takes what can")
+    return name
 
 
 def works(backend: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether a forward and a backward run: what is missing shows in many ways."""
-    query, key = (torch.randn(1, length, 2, head_dim, device=device, dtype=dtype) for length in (64, 96))
-    query.requires_grad_()
+    return why_not(backend, device, head_dim, dtype) is None
+
+
+def why_not(backend: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """What keeps a backend from a forward and a backward, in a line: it shows in many ways. None: both run."""
+    shapes = [(1, length, 2, head_dim) for length in (64, 96, 96)]
+    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
     try:
-        dispatch_attention_fn(query, key, key, backend=AttentionBackendName(backend)).sum().backward()
-        return query.grad is not None and bool(torch.isfinite(query.grad).all())
-    except Exception:  # each library has its own kinds
-        return False
+        with attention_backend(backend):  # it says which package is missing, and fetches kernels of the hub
+            out = dispatch_attention_fn(*inputs)
+        gradients = torch.autograd.grad(out.sum(), inputs) if out.requires_grad else ()
+        if gradients and all(torch.isfinite(gradient).all() for gradient in gradients):
+            return None
+        return "its gradient is not finite" if gradients else "it has no backward"
+    except Exception as error:  # each library has its own kinds
+        return (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 class QueryKeyNorm(nn.RMSNorm):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmdtrain.models.quantize import dense_of
+from dmdtrain.models.quantize import may_round, unloaded
 
 _making_host_tensors = False
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -208,39 +208,47 @@ class BlockStream:
 class StreamedLinear(nn.Linear):
     """A frozen linear layer whose weight lies in host memory. Bias, scales and whatever is trained on it stay on the device.
 
-    Its `weight` is empty; it tells PEFT where the layer runs.
+    Its `weight` is empty; it tells PEFT where the layer runs, and to which type it rounds new adapters.
     """
 
     def __init__(self, linear: nn.Linear, stream: BlockStream, block: int):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.stream, self.block = stream, block
         self.place = stream.add(block, linear.weight.data)
-        self._dense, self.compute_dtype = dense_of(linear, stream.device)
-        self.weight = nn.Parameter(torch.empty(0, device=stream.device), requires_grad=False)
+        self.layer = unloaded(linear, stream.device)
+        kind = self.layer.dtype or linear.weight.dtype
+        self.weight = nn.Parameter(torch.empty(0, dtype=kind, device=stream.device), requires_grad=False)
         self.bias = linear.bias
+        self.multiply_in_int8 = getattr(linear, "multiply_in_int8", False)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in] on the device."""
-        return self._dense(self.stream.weight(self.block, self.place), dtype)
+    def stored(self) -> torch.Tensor:
+        """The weight as it was, on the device."""
+        return self.stream.weight(self.block, self.place)
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wanted = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if self.layer.dtype is not None:
+            x = x.to(self.layer.dtype)
+        elif torch.is_autocast_enabled(x.device.type):
             wanted = torch.get_autocast_dtype(x.device.type)
-        out = _StreamedMatmul.apply(x.to(self.compute_dtype or wanted), self).to(wanted)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+            x = x.to(wanted)
+        if self.multiply_in_int8 and self.layer.rounded is not None and may_round(x):
+            out = self.layer.rounded(x, self.stored())
+            return out if self.bias is None else out + self.bias.to(out.dtype)
+        return _StreamedMatmul.apply(x, self).to(wanted)
 
 
 class _StreamedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: StreamedLinear) -> torch.Tensor:
         ctx.layer = layer
-        return x @ layer.dense(x.dtype).T
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return layer.layer.product(x, layer.stored(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ ctx.layer.dense(grad.dtype), None
+        return grad @ ctx.layer.layer.dense(ctx.layer.stored(), grad.dtype), None
 
 
 def stream_blocks(transformer: Any, device: torch.device) -> None:

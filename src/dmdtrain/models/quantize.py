@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 
 KINDS = ("int8", "int8-llm", "nf4")
 OUTLIER = 6.0  # activations above it keep their precision in int8-llm, as its paper has it
@@ -54,6 +56,15 @@ def int8_matmul(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     return (product * rows.scale * scale.T).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
+def may_round(x: torch.Tensor) -> bool:
+    """Whether `int8_matmul` serves x: without gradient, and as large as cuBLAS takes it."""
+    return not torch.is_grad_enabled() and x.numel() > 16 * x.shape[-1]
+
+
+def _plus(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return out if bias is None else out + bias.to(out.dtype)
+
+
 class Int8Linear(nn.Linear):
     """A frozen linear layer with int8 weights [out, in] and a float32 scale per row [out, 1]; the bias is as it was.
 
@@ -75,11 +86,11 @@ class Int8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.multiply_in_int8 and not torch.is_grad_enabled() and x.numel() > 16 * x.shape[-1]:  # what cuBLAS takes
+        if self.multiply_in_int8 and may_round(x):
             out = int8_matmul(x, self.weight, self.scale)
         else:
             out = _Int8Matmul.apply(x, self.weight, self.scale)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return _plus(out, self.bias)
 
 
 @dataclass(frozen=True)
@@ -103,27 +114,52 @@ class Int8Tensor:
 
 
 def multiply_in_int8(model: nn.Module) -> None:
-    """Passes without gradient of a model's `Int8Linear` layers multiply in int8 from now on."""
+    """Passes without gradient of a model's int8 layers multiply in int8 from now on, those of streamed ones, too."""
     for layer in model.modules():
-        if isinstance(layer, Int8Linear):
-            layer.multiply_in_int8 = True
+        if hasattr(layer, "multiply_in_int8"):
+            layer.multiply_in_int8 = True  # type: ignore[assignment]
 
 
-def dense_of(
-    linear: nn.Linear, device: torch.device
-) -> tuple[Callable[[torch.Tensor, torch.dtype], torch.Tensor], torch.dtype | None]:
-    """How a frozen layer's stored weight, on `device`, becomes [out, in] of a dtype; and the one it has to be computed in."""
+@dataclass(frozen=True)
+class Unloaded:
+    """A frozen layer without its stored weight, which is given for each use: what it computes is the layer's own to the bit."""
+
+    dense: Callable[[torch.Tensor, torch.dtype], torch.Tensor]  # stored -> [out, in] of a dtype
+    product: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor
+    ]  # of x, stored and bias, as x's dtype
+    rounded: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # `int8_matmul` of x and stored
+    dtype: torch.dtype | None = None  # that it computes in, whatever x is; None: in x's
+
+
+def unloaded(linear: nn.Linear, device: torch.device) -> Unloaded:
+    """What a layer computes on `device` with its stored weight."""
     if isinstance(linear, Linear4bit):
         state = linear.weight.quant_state
         state.to(device)
-        return (lambda weight, dtype: dequantize_4bit(weight, state).to(dtype)), torch.bfloat16
+        return Unloaded(
+            lambda weight, dtype: dequantize_4bit(weight, state).to(dtype),
+            lambda x, weight, bias: matmul_4bit(x, weight, state, bias=bias),
+            dtype=torch.bfloat16,
+        )
     if isinstance(linear, Int8Linear):
         scale = linear.scale.to(device)
-        return (lambda weight, dtype: dequantize(weight, scale, dtype)), None
+        return Unloaded(
+            lambda weight, dtype: dequantize(weight, scale, dtype),
+            lambda x, weight, bias: _plus(x @ dequantize(weight, scale, x.dtype).T, bias),
+            lambda x, weight: int8_matmul(x, weight, scale),
+        )
     if isinstance(linear, _EmptyNf4):
         shape = linear.shape
-        return (lambda weight, dtype: torch.empty(shape, dtype=dtype)), torch.bfloat16
-    return (lambda weight, dtype: weight.to(dtype)), None
+        return Unloaded(
+            lambda weight, dtype: torch.empty(shape, dtype=dtype),
+            lambda x, weight, bias: _plus(x @ torch.empty(shape, dtype=x.dtype).T, bias),
+            dtype=torch.bfloat16,
+        )
+    return Unloaded(
+        lambda weight, dtype: weight.to(dtype),
+        lambda x, weight, bias: functional.linear(x, weight.to(x.dtype), bias),
+    )
 
 
 def quantized_linear(weight: torch.Tensor, bias: nn.Parameter | None, kind: str) -> nn.Module:
@@ -168,8 +204,7 @@ class _EmptyNf4(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _EmptyMatmul.apply(x, self.weight, self.shape)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return _plus(_EmptyMatmul.apply(x, self.weight, self.shape), self.bias)
 
 
 class _EmptyMatmul(torch.autograd.Function):

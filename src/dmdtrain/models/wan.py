@@ -172,11 +172,7 @@ def load_transformer(
     else:
         build = lambda: WanTransformer3DModel.from_config(folder.transformer)  # noqa: E731
         model = _loaded_quantized(build, folder, "transformer", precision, "blocks", quantize_on, quantized_cache)
-    if attention != "native":  # what it is already
-        try:
-            model.set_attention_backend(attention)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise ConfigError(f"model.attention: {attention}: {str(error).splitlines()[0]}") from None
+    model.set_attention_backend(attention)  # native, too: without, it is what the process or its environment says
     return model.requires_grad_(False).eval()
 
 

@@ -23,7 +23,7 @@ from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.reports import Reports, check_reports, reporting
 from dmdtrain.train.saver import TrainingStopped
-from dmdtrain.train.setup import Run, describe, resolve
+from dmdtrain.train.setup import Run, attention_of, describe, device_of_this_machine, resolve
 from dmdtrain.train.step import check_score_ranges
 from dmdtrain.train.trainer import Trainer
 from dmdtrain.train.warmup import Warmup, check_data
@@ -58,6 +58,8 @@ def smaller(config: Config) -> str:
 def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool) -> None:
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
+    for folder in (run.base, run.teacher):
+        attention_of(config, folder, device_of_this_machine())
     check_data(run)
     check_output(config, resume)
     check_reports(config)

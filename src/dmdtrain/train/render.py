@@ -114,8 +114,7 @@ class Renderer:
         videos = []
         with self.codec() as vae:
             for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
-                decoder = StreamDecoder(vae)
-                videos.append(torch.cat([decoder(block).cpu() for block in blocks], 2))
+                videos.append(_decode_blocks(vae, blocks))
         return torch.cat(videos)
 
     def _teacher_flow(self, prompts: list[str], guidance: float, negative: str) -> Flow:
@@ -193,9 +192,9 @@ class Renderer:
         try:
             yield vae
         finally:
-            del vae
+            vae.to("meta")  # who was given it may still have a name for it
             gc.collect()
-            if torch.cuda.is_available():
+            if self.text.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -204,6 +203,12 @@ class Renderer:
         with self.codec() as vae:
             tiled = decode_tiled(self.run, tuple(latents.shape[1:]))
             return torch.cat([decode_latents(vae, latents[r.start : r.stop], tiled).cpu() for r in rows])
+
+
+def _decode_blocks(vae: Any, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Videos of latents that come block by block; what the decoder remembers of them is gone then."""
+    decoder = StreamDecoder(vae)
+    return torch.cat([decoder(block).cpu() for block in blocks], 2)
 
 
 def decode_tiled(run: Run, shape: tuple[int, ...]) -> bool:

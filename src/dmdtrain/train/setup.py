@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
 from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution
 from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
-from dmdtrain.models.attention import AUTO, pick_attention
+from dmdtrain.models.attention import AUTO, BACKENDS, pick_attention
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.offload import stream_blocks
 from dmdtrain.models.quantize import multiply_in_int8
@@ -103,9 +102,8 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     Raises:
         ConfigError: with the key, what it is and what would be valid.
     """
-    backends = [backend.value for backend in AttentionBackendName]
-    if config.model.attention not in (AUTO, *backends):
-        raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *backends))}")
+    if config.model.attention not in (AUTO, *BACKENDS):
+        raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *BACKENDS))}")
     if config.model.teacher == "wan-tiny" != config.model.base:
         raise ConfigError(
             f"model.teacher: wan-tiny: {config.model.base} has other latents and another text encoder; to try a configuration "
@@ -198,10 +196,14 @@ def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocas
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
 
 
-def compute_dtype(config: Config) -> torch.dtype:
-    """Of activations."""
-    plain = config.train.mixed_precision == "no" and config.model.precision == "fp32"
-    return torch.float32 if plain else torch.bfloat16
+def attention_dtype(config: Config) -> torch.dtype:
+    """The widest type that any role attends in. Autocast gives all of them bf16; without, each has its weights'."""
+    if config.train.mixed_precision == "bf16":
+        return torch.bfloat16
+    whole = "full" in (config.student.kind, config.fake_score.kind)
+    if whole and trained_dtype(config.optimizer.name) == torch.float32:
+        return torch.float32
+    return torch.float32 if "fp32" in (config.model.precision, config.model.teacher_precision) else torch.bfloat16
 
 
 def adapter_specs(config: Config) -> dict[str, AdapterSpec | None]:
@@ -214,6 +216,13 @@ def adapter_specs(config: Config) -> dict[str, AdapterSpec | None]:
     return {"student": spec(config.student), "fake_score": spec(config.fake_score)}
 
 
+def attention_of(config: Config, folder: WanFolder, device: torch.device) -> str:
+    """The attention backend of a folder's transformer. ConfigError where the one that is set can not train here."""
+    # cuDNN's and FlashAttention's backward is not deterministic.
+    wanted = "native" if config.train.deterministic else config.model.attention
+    return pick_attention(wanted, device, folder.transformer["attention_head_dim"], attention_dtype(config))
+
+
 def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
     """Loads the models and builds the roles, those in `trained` beside the teacher."""
     config = run.config
@@ -221,11 +230,7 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
 
     def load(folder: WanFolder, precision: str) -> Any:
         cache = None if model.quantized_cache is None else Path(model.quantized_cache).expanduser()
-        head_dim = folder.transformer["attention_head_dim"]
-        wanted = (
-            "native" if config.train.deterministic else model.attention
-        )  # cuDNN's and FlashAttention's backward is not
-        attention = pick_attention(wanted, device, head_dim, compute_dtype(config))
+        attention = attention_of(config, folder, device)
         transformer = load_transformer(folder, precision, attention, _quantize_on(config, device), cache)
         if model.offload_blocks:
             stream_blocks(transformer, device)
