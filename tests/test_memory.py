@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 import yaml
 from conftest import done, refused, run_cli, tiny_transformer
+from rich.console import Console
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmdtrain.config import ConfigError, build
 from dmdtrain.data.prompts import EpochSampler
@@ -482,6 +485,35 @@ def test_large_frames_are_decoded_in_tiles_by_themselves(settings):
     assert not decode_tiled(run, (4, 3, 60, 104)) and decode_tiled(run, (4, 3, 88, 160))
 
 
+# ------------------------------------------------------------------------------------------------ waits in a step
+
+
+class Waits(TorchDispatchMode):
+    """Lines of the package at which the host reads a number of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            source = Path(quantize.__file__).parents[1]
+            own = [frame for frame in traceback.extract_stack() if source in Path(frame.filename).parents]
+            self.lines.append(f"{Path(own[-1].filename).name}: {own[-1].name}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_once_an_update(settings):
+    settings["dmd"]["generator_update_interval"] = 1
+    settings["train"] |= {"batch_size": 1, "gradient_accumulation": 2}
+    trainer = Trainer(resolve(build(settings)), Console(quiet=True))
+    trainer.train_step()
+    with Waits() as waits:
+        trainer.train_step()
+    # Embeddings of the prompts are read from disk, on the host.
+    assert [line for line in waits.lines if not line.startswith("shards.py")] == ["loop.py: guarded_step"] * 2
+
+
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -591,8 +623,6 @@ def test_a_run_that_reuses_rollouts_resumes_exactly(settings, tmp_path):
 
 
 def test_batches_are_the_same_however_far_ahead_they_are_drawn(settings):
-    from rich.console import Console
-
     trainer = Trainer(resolve(build(settings)), Console())
     new = partial(Batches, 2, text=trainer.text, distiller=trainer.distiller, seed=9)
     lazy, eager = (new(sampler=EpochSampler(trainer.run.prompts, 4)) for _ in range(2))

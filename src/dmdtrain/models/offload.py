@@ -52,6 +52,24 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class Leash:
+    """Keeps the host at most two steps ahead of a device, which frees the memory of a step only when it has come past it."""
+
+    def __init__(self) -> None:
+        self._steps: list[Any] = []  # events at the ends of those that the device may not have reached yet
+
+    def step(self, stream: Any) -> None:
+        """A step ends with what is queued on `stream`; None without CUDA."""
+        if stream is not None:
+            self._steps.append(stream.record_event())
+            if len(self._steps) > 2:
+                self._steps.pop(0).synchronize()
+
+
+def _current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 class HostTensor:
     """A copy of a tensor in host memory, pinned where the device is CUDA.
 
@@ -108,23 +126,27 @@ class HostCheckpoints:
 
     def __init__(self) -> None:
         self._last: weakref.ref[_Saved] | None = None
+        self._leash = Leash()
 
     def __call__(self, run: Callable[..., torch.Tensor], hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         """`run(hidden, *rest)`; of what it saw, hidden goes to the host. The rest is shared by all blocks and stays."""
-        saved = _Saved(hidden, None if self._last is None else self._last())
+        saved = _Saved(hidden, None if self._last is None else self._last(), self._leash)
         self._last = weakref.ref(saved)
+        self._leash.step(copy_stream(hidden.device))
         # Where no input needs a gradient the trained weights inside still do.
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
         return _HostCheckpoint.apply(run, saved, anchor, hidden, *rest)
 
 
 class _Saved:
-    def __init__(self, hidden: torch.Tensor, before: _Saved | None):
+    def __init__(self, hidden: torch.Tensor, before: _Saved | None, leash: Leash):
         self.tensor: HostTensor | None = HostTensor(hidden.detach())
+        self.leash = leash
         self.before = None if before is None else weakref.ref(before)
 
     def take(self) -> torch.Tensor:
         assert self.tensor is not None, "a graph is gone through backwards once"
+        self.leash.step(_current_stream(self.tensor.device))
         hidden, self.tensor = self.tensor.get(), None
         before = self.before() if self.before is not None else None
         if before is not None and before.tensor is not None:
@@ -171,7 +193,7 @@ class BlockStream:
         self.device = device
         self._blocks: list[list[HostTensor]] = []
         self._here: list[torch.Tensor] = []
-        self._passed: list[Any] = []  # events on the device, of the blocks that it may not have reached yet
+        self._leash = Leash()
         self._current = self._next = -1
 
     def add(self, block: int, weight: torch.Tensor) -> int:
@@ -190,19 +212,12 @@ class BlockStream:
                     weight.forget()
             self._current, self._next = block, (block + step) % len(self._blocks)
             self._here = []
-            self._keep_close()
+            self._leash.step(_current_stream(self.device))
             self._here = [weight.get() for weight in self._blocks[block]]
             if self._next != block:
                 for weight in self._blocks[self._next]:
                     weight.prefetch()
         return self._here[place]
-
-    def _keep_close(self) -> None:
-        """Waits until the device has come within two blocks: the memory of those behind it is free only then."""
-        if self.device.type == "cuda":
-            self._passed.append(torch.cuda.current_stream(self.device).record_event())
-            if len(self._passed) > 2:
-                self._passed.pop(0).synchronize()
 
 
 class StreamedLinear(nn.Linear):

@@ -22,18 +22,24 @@ class Ema:
     ):
         self.decay, self.every, self.device = decay, every, device
         self._parameters = parameters
-        self.weights = {name: self._seen(p).clone() for name, p in parameters.items()}
+        self.weights = {name: seen.clone() for name, seen in zip(parameters, self._seen(), strict=True)}
 
-    def _seen(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return parameter.detach().to(self.device or parameter.device, torch.float32)
+    def _seen(self) -> list[torch.Tensor]:
+        """The parameters in float32, where the average lies. From a GPU to the host: copied all at once, then waited for."""
+        own = [p.detach() for p in self._parameters.values()]
+        if self.device is None or self.device.type != "cpu" or not any(p.is_cuda for p in own):
+            return [p.to(self.device or p.device, torch.float32) for p in own]
+        kind = {"dtype": torch.float32, "pin_memory": True}
+        there = [torch.empty(p.shape, **kind).copy_(p, non_blocking=True) for p in own]
+        torch.cuda.current_stream().synchronize()
+        return there
 
     @torch.no_grad()
     def update(self, student_update: int) -> None:
         """student_update: number of student updates done so far, from 1."""
         if student_update % self.every:
             return
-        new = [self._seen(p) for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.weights.values()), new, 1 - self.decay)
+        torch._foreach_lerp_(list(self.weights.values()), self._seen(), 1 - self.decay)
 
     @torch.no_grad()
     def restart(self) -> None:
