@@ -67,15 +67,18 @@ CAUSAL := --set rollout.causal=true
 bench-gpu: setup
 	for precision in bf16 int8 nf4; do for causal in true false; do \
 		$(STEP) --size 1.3b --set model.precision=$$precision --set rollout.causal=$$causal --profile || exit 1; done; done
+	$(STEP) --size 14b --set model.precision=bf16 $(HOST)
 	$(STEP) --size 14b --set model.precision=int8 $(HOST) --profile
 	$(STEP) --size 14b --set model.precision=int8 $(HOST) $(CAUSAL) --set rollout.kv_cache=host
 	$(STEP) --size 14b --set model.precision=nf4 $(HOST) --set model.offload_blocks=true --set ema.keep_on=host \
 		--set optimizer.name=paged_adamw8bit
+	$(STEP) --size 14b --set model.precision=nf4 $(HOST) $(CAUSAL) --set rollout.kv_cache=host
 	for change in train.compile=true model.int8_matmul=true fake_score.reuse_rollout=true model.attention=native \
 		train.checkpoints_on=host train.batched_guidance=false model.offload_blocks=true ; do \
 		$(STEP) --size 1.3b --set model.precision=int8 --compare $$change || exit 1; done
 	for change in rollout.kv_cache=int8 rollout.kv_cache=host train.checkpoint_replay=false train.compile=true; do \
 		$(STEP) --size 1.3b --set model.precision=int8 $(CAUSAL) --compare $$change || exit 1; done
+	$(STEP) --size 1.3b --set model.precision=int8 --set train.compile=true --compare model.int8_matmul=true
 	$(STEP) --size 1.3b --set data.resolution=832x448 --set rollout.num_training_frames=16 \
 		--set dmd.generator_update_interval=5 --set train.compile=true
 	$(BIN)/python benchmarks/table.py

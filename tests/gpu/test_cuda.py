@@ -15,8 +15,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
+from dmdtrain.config import build
 from dmdtrain.models.attention import CUDA_ORDER, works
 from dmdtrain.models.quantize import Int8Linear, int8_matmul
+from dmdtrain.train.setup import attention_of, resolve
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "dmd_step.py"
 
@@ -82,6 +84,21 @@ def test_fit_of_the_miniature_in_float32(settings, tmp_path):
     settings["model"] |= {"base": "wan-tiny", "precision": "fp32"}
     settings["data"]["resolution"] = settings["validation"]["resolution"] = "64x64"
     assert len(fit(settings, tmp_path)) == 4
+
+
+def test_fit_of_the_miniature_with_the_fastest_attention(settings, tmp_path):
+    """cuDNN's or FlashAttention's, in forward and backward, with checkpoints and a KV cache."""
+    settings["model"] |= {"base": "wan-tiny", "precision": "bf16"}
+    settings["data"]["resolution"] = settings["validation"]["resolution"] = "64x64"
+    settings["rollout"] = {"causal": True, "num_frame_per_block": 1, "num_training_frames": 3}
+    settings["train"] |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    run = resolve(build(settings))
+    assert attention_of(run.config, run.base, torch.device("cuda")) in CUDA_ORDER[:-1]
+    fast = fit(settings, tmp_path)
+    (tmp_path / "run").rename(tmp_path / "fast")
+    settings["model"]["attention"] = "native"
+    for a, b in zip(fast, fit(settings, tmp_path), strict=True):
+        assert a["critic_loss"] == pytest.approx(b["critic_loss"], rel=0.05) and a["bad_steps"] == 0
 
 
 @pytest.mark.parametrize("via", ["cpu", "device"])

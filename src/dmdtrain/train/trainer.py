@@ -219,7 +219,8 @@ class Trainer:
         self.step += 1
         self.student_updates += due  # even where it was skipped, so that the schedule keeps its length
         count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
-        numbers = as_numbers(values)
+        with underway.timed(names[-1]):  # it waits for what the device has left to do
+            numbers = as_numbers(values)
         numbers |= self.alarms.step(self.step, numbers)
         numbers |= {"lr_student": lr, "lr_fake_score": self.config.fake_score.lr, "bad_steps": self.bad_steps}
         numbers |= {
