@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,12 +15,14 @@ import torch
 import yaml
 from bitsandbytes.nn import Linear4bit
 from conftest import done, refused, tiny_transformer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
 from dmdtrain.config import load
 from dmdtrain.models.quantize import Int8Linear
+from dmdtrain.train.fit import locked
 from dmdtrain.train.setup import build_roles, resolve
 
 
@@ -108,8 +113,8 @@ def test_a_larger_teacher_in_a_precision_of_its_own(settings, wan_folder, tmp_pa
 
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, config_file, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from dmdtrain.train.fit import locked\n"
-        f"with locked(Path({str(tmp_path / 'run')!r})):\n    print('locked', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from rich.console import Console; from dmdtrain.train.fit import locked\n"
+        f"with locked(Path({str(tmp_path / 'run')!r}), Console()):\n    print('locked', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -122,3 +127,15 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, 
         other.kill()
         other.wait()
     assert run_cli("fit", config_file, "--max-steps", 2).exit_code == 0
+
+
+def test_a_folder_that_knows_no_locks_is_told(tmp_path, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    printed = Console(file=io.StringIO(), width=500)
+    with locked(tmp_path / "run", printed):
+        pass
+    said = printed.file.getvalue()  # type: ignore[attr-defined]
+    assert "run can not be locked (No locks available): a second process in it would not be noticed" in said

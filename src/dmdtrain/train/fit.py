@@ -63,7 +63,9 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_data(run)
     check_output(config, resume)
     check_reports(config)
-    with locked(run.output_dir) if clip_sets(run) or not dry_run else nullcontext():  # a scan writes its report
+    with (
+        locked(run.output_dir, console) if clip_sets(run) or not dry_run else nullcontext()
+    ):  # a scan writes its report
         scanned = scan(run, console)
         run = with_captions(run, scanned)
         for line in describe(run) + describe_clips(run, scanned):
@@ -201,7 +203,7 @@ def _refuse_other(file: Path, config: Config, what: str) -> None:
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
+def locked(output: Path, console: Console) -> Iterator[None]:
     """Keeps a second process out of a run's folder; a process that dies lets go of it by itself.
 
     Raises:
@@ -220,8 +222,11 @@ def locked(output: Path) -> Iterator[None]:
             raise ConfigError(
                 f"output_dir: {output} is in use by another process ({owner}); choose another, or stop that one"
             ) from None
-        except OSError:
-            pass  # the file system knows no locks
+        except OSError as error:
+            console.print(
+                f"warning: {output} can not be locked ({error.strerror}): a second process in it would not be noticed",
+                soft_wrap=True,
+            )
         with suppress(OSError):  # a full disk: the lock itself needs no room
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
