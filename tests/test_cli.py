@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import tiny_transformer
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
@@ -312,6 +314,18 @@ def truncate(part: str) -> Callable[[Path], None]:
     return edit
 
 
+def other_transformer(**changes) -> Callable[[Path], None]:
+    """Another transformer, and a text encoder that goes with it."""
+
+    def edit(folder: Path) -> None:
+        tiny_transformer(**changes).save_pretrained(folder / "transformer")
+        config = UMT5Config.from_pretrained(folder / "text_encoder")
+        config.d_model = changes.get("text_dim", config.d_model)
+        UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+
+    return edit
+
+
 def drop_tensor(part: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS[part])
@@ -363,7 +377,10 @@ def test_broken_model_folders(refused_fit, broken_folder, edit, says, role):
     [
         (truncate("transformer"), ["transformer/", "is broken: "]),
         (truncate("text_encoder"), ["text_encoder/", "is broken: "]),
-        (edit_json("transformer/config.json", ffn_dim=64), ["transformer can not be loaded: ", "ffn"]),
+        (
+            edit_json("transformer/config.json", ffn_dim=64),
+            ["transformer/", "ffn", "is [32]; config.json makes it [64]"],
+        ),
         pytest.param(drop_tensor("transformer"), ["transformer"]),
         pytest.param(drop_tensor("text_encoder"), ["text_encoder"]),
         pytest.param(truncate("vae"), ["vae"]),
@@ -393,16 +410,17 @@ def test_a_codec_that_is_broken_when_it_is_needed(wan_folder, trained, ckpt, tmp
     ("changes", "says"),
     [
         ({"text_dim": 24}, "text_dim is 24, the base has 16; they must agree"),
-        ({"out_channels": 8}, "out_channels is 8, the base has 4; they must agree"),
+        ({"in_channels": 8, "out_channels": 8}, "not a text-to-video model"),
+        ({"out_channels": 8}, "transformer/config.json: out_channels: 8: it must be in_channels, 4"),
     ],
 )
 def test_a_teacher_that_does_not_fit(refused_fit, broken_folder, changes, says):
-    folder = broken_folder(edit_json("transformer/config.json", **changes))
+    folder = broken_folder(other_transformer(**changes))
     refused_fit({"model.teacher": str(folder)}, says=[f"model.teacher: {folder}: {says}"])
 
 
 def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder):
-    folder = broken_folder(edit_json("transformer/config.json", patch_size=[2, 2, 2]))
+    folder = broken_folder(other_transformer(patch_size=(2, 2, 2)))
     refused_fit(
         {
             "model.base": str(folder),

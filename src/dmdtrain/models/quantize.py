@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dmdtrain.models.checks import check_finite
+
 KINDS = ("int8", "int8-llm", "nf4")
 OUTLIER = 6.0  # activations above it keep their precision in int8-llm, as its paper has it
 
@@ -211,7 +213,7 @@ def load_quantized(
             quantized and stay.
 
     Raises:
-        KeyError: a weight is in no file, with its name. ValueError: it has another shape than the model's.
+        KeyError: a weight is in no file, with its name. ValueError: it has another shape than the model's, or is not finite.
     """
     with init_empty_weights():
         model = build()
@@ -228,6 +230,7 @@ def load_quantized(
                 except AttributeError:
                     continue  # of a part that this model does not have
                 value = handle.get_tensor(key)
+                check_finite(key, value)
                 if value.shape != wanted:
                     raise ValueError(f"{key} is {list(value.shape)}; the model wants {list(wanted)}")
                 is_special = bool(special & set(key.split(".")))
