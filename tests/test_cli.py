@@ -14,18 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_transformer
-from safetensors.torch import load_file, save_file
-from transformers import UMT5Config, UMT5EncoderModel
+from model_edits import WEIGHTS, drop_tensor, edit_json, other_transformer, remove, truncate, write
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
-
-WEIGHTS = {
-    "transformer": "transformer/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-}
 
 
 def run_cli(*args: object):
@@ -83,19 +75,6 @@ def refused_fit(config_file, tmp_path):
         assert not (tmp_path / "run").exists()
 
     return check
-
-
-@pytest.fixture
-def broken_folder(wan_folder, tmp_path) -> Callable[..., Path]:
-    """A copy of the model folder after an edit."""
-
-    def make(edit: Callable[[Path], object]) -> Path:
-        folder = tmp_path / "broken"
-        shutil.copytree(wan_folder, folder)
-        edit(folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -286,53 +265,6 @@ def test_a_hub_id_that_can_not_be_had(refused_fit, monkeypatch):
     refused_fit(
         {"model.base": "no-org/no-model"}, says=["model.base: no-org/no-model: no such folder here, and the hub"]
     )
-
-
-def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
-    """Sets keys of a JSON file of a model folder; None removes one."""
-
-    def edit(folder: Path) -> None:
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-    return edit
-
-
-def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def truncate(part: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        content = (folder / WEIGHTS[part]).read_bytes()
-        (folder / WEIGHTS[part]).write_bytes(content[: len(content) // 2])
-
-    return edit
-
-
-def other_transformer(**changes) -> Callable[[Path], None]:
-    """Another transformer, and a text encoder that goes with it."""
-
-    def edit(folder: Path) -> None:
-        tiny_transformer(**changes).save_pretrained(folder / "transformer")
-        config = UMT5Config.from_pretrained(folder / "text_encoder")
-        config.d_model = changes.get("text_dim", config.d_model)
-        UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-
-    return edit
-
-
-def drop_tensor(part: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS[part])
-        del tensors[sorted(tensors)[0]]
-        save_file(tensors, folder / WEIGHTS[part])
-
-    return edit
 
 
 @pytest.mark.parametrize("role", ["base", "teacher"])
