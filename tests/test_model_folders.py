@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import refused
+from conftest import done, refused
 from model_edits import WEIGHTS, drop_tensor, edit_json, edit_tensors, remove, truncate, write
 from safetensors.torch import load_file, save_file
+
+from dmdtrain.config import ConfigError
+from dmdtrain.models.checks import DESCRIPTIONS, empty_model
+from dmdtrain.models.wan import find_folder, load_scheduler, load_text_encoder, load_transformer, load_vae
+from dmdtrain.train.plan import PUBLISHED, UMT5_XXL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,7 +158,7 @@ BAD = {
     ),
     "index swapped": (
         shard("transformer", swap),
-        ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "index.json says otherwise"],
+        ["transformer/diffusion_pytorch_model-0000", " lacks blocks.0.attn1.", "index.json says otherwise"],
     ),
     "index of too little": (shard("vae", lambda names: names.pop(min(names))), ["holds", "index.json says otherwise"]),
     "index of too much": (
@@ -184,10 +191,13 @@ BAD = {
         edit_json(TRANSFORMER, _class_name="WanVACETransformer3DModel"),
         ["transformer is a WanVACETransformer3DModel; it must be a WanTransformer3DModel"],
     ),
-    "no class": (edit_json(VAE, _class_name=None), ["vae is a None; it must be a AutoencoderKLWan"]),
+    "no class": (edit_json(VAE, _class_name=None), [f"{VAE} names no class; it must be a AutoencoderKLWan"]),
     "class of numbers": (edit_json(VAE, _class_name={"a": 1}), ["vae is a {'a': 1}; it must be"]),
-    "architectures": (edit_json(TEXT, architectures="UMT5EncoderModel"), ["text_encoder is a None; it must be"]),
-    "no architectures": (edit_json(TEXT, architectures=[]), ["text_encoder is a None; it must be"]),
+    "architectures": (
+        edit_json(TEXT, architectures="UMT5EncoderModel"),
+        [f"{TEXT} names no class; it must be a UMT5Enc"],
+    ),
+    "no architectures": (edit_json(TEXT, architectures=[]), [f"{TEXT} names no class; it must be a UMT5Enc"]),
     "another pipeline": (
         edit_json(INDEX, _class_name="StableDiffusionPipeline"),
         [f"{INDEX} is of a StableDiffusionPipeline; it must be a WanPipeline, text to video"],
@@ -196,7 +206,7 @@ BAD = {
         edit_json(INDEX, _class_name="WanImageToVideoPipeline"),
         [f"{INDEX} is of a WanImageToVideoPipeline; it must be a WanPipeline, text to video"],
     ),
-    "no pipeline": (edit_json(INDEX, _class_name=None), [f"{INDEX} is of a None; it must be a WanPipeline"]),
+    "no pipeline": (edit_json(INDEX, _class_name=None), [f"{INDEX} names no class; it must be a WanPipeline"]),
     "two transformers": (
         edit_json(INDEX, transformer_2=["diffusers", "WanTransformer3DModel"]),
         [f"{INDEX} is of a Wan 2.2; it must be a Wan 2.1"],
@@ -229,7 +239,7 @@ BAD = {
     ),
     "heads of text": (edit_json(TEXT, num_heads=0), [f"{TEXT}: num_heads: 0: "]),
     "a huge vocabulary": (edit_json(TEXT, vocab_size=10**12), [f"{TEXT}: vocab_size: 1000000000000: "]),
-    "activation": (edit_json(TEXT, feed_forward_proj="gated-nothing"), [f"{TEXT} makes no UMT5EncoderModel: "]),
+    "activation": (edit_json(TEXT, dense_act_fn="nothing"), [f"{TEXT} makes no UMT5EncoderModel: "]),
     "mean": (edit_json(VAE, latents_mean=[0.1] * 3), [f"{VAE}: latents_mean: 3: it must be 4 entries"]),
     "deviation": (edit_json(VAE, latents_std=[1.0] * 16), [f"{VAE}: latents_std: 16: it must be 4 entries"]),
     "deviation of 0": (
@@ -295,3 +305,180 @@ def test_what_headers_and_descriptions_tell(broken_folder, config_file, tmp_path
         refused(command[0], file, *command[1:], says=[f"model.base: {folder}: ", *says])
     assert time.monotonic() - begin < 20
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_is_checked_too(broken_folder, config_file, wan_folder):
+    folder = broken_folder(drop_tensor("vae"))
+    file = config_file(wan_folder, teacher=str(folder))
+    refused("fit", file, "--dry-run", says=[f"model.teacher: {folder}: ", "vae lacks weights"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", [QUERY, "scale_shift_table", "blocks.1.ffn.net.2.bias"])
+def test_weights_that_are_not_finite(broken_folder, precision, value, name):
+    folder = broken_folder(edit_tensors("transformer", lambda tensors: tensors[name].view(-1)[-1:].fill_(value)))
+    with pytest.raises(ConfigError, match=f"weights that are not finite: {name}$"):
+        load_transformer(find_folder(str(folder), "model.base"), precision)
+
+
+@pytest.mark.parametrize(("part", "name"), [("vae", "post_quant_conv.bias"), ("text_encoder", SHARED)])
+def test_the_encoders_are_finite(broken_folder, part, name):
+    folder = broken_folder(edit_tensors(part, lambda tensors: tensors[name].view(-1)[:1].fill_(float("nan"))))
+    found = find_folder(str(folder), "model.base")
+    with pytest.raises(ConfigError, match=f"{part} holds weights that are not finite: {name}$"):
+        load_vae(found) if part == "vae" else load_text_encoder(found, "fp32")
+
+
+def test_a_run_on_weights_that_are_not_finite_ends_in_one_line(broken_folder, config_file, tmp_path):
+    folder = broken_folder(put("transformer", QUERY, torch.full((24, 24), float("nan"))))
+    refused("fit", config_file(folder), says=f"{folder}: transformer holds weights that are not finite: {QUERY}")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- what is in order
+
+
+def linked(folder: Path) -> None:
+    """Every file is a link to a blob with a number for a name, as in the hub's cache."""
+    blobs = folder.with_name("blobs")
+    blobs.mkdir()
+    for number, file in enumerate(sorted(f for f in folder.rglob("*") if f.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path(os.path.relpath(blobs, file.parent)) / str(number))
+
+
+def embeddings(*names: str) -> Edit:
+    """The table under these names, of the two that it has."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        table = tensors.pop(SHARED)
+        tensors.update({name: table.clone() for name in names})
+
+    return edit_tensors("text_encoder", change)
+
+
+EMBEDDED = "encoder.embed_tokens.weight"
+GOOD = {
+    "links": linked,
+    "linked shards": both(shard("transformer"), shard("text_encoder"), linked),
+    "shared": embeddings(SHARED),
+    "embedded": embeddings(EMBEDDED),
+    "both": embeddings(SHARED, EMBEDDED),
+    "untied": both(embeddings(SHARED, EMBEDDED), edit_json(TEXT, tie_word_embeddings=False)),
+    "a whole UMT5": edit_tensors(
+        "text_encoder",
+        lambda t: t.update({"lm_head.weight": torch.zeros(12, 16), "decoder.block.0.x.weight": torch.zeros(3)}),
+    ),
+    "code of its own": edit_json(INDEX, _class_name=["pipeline", "CausalWanPipeline"]),
+    "an older Diffusers": both(edit_json(INDEX, transformer_2=None, expand_timesteps=None, boundary_ratio=None)),
+    "another variant beside it": lambda folder: (folder / "vae/diffusion_pytorch_model.fp16.safetensors").touch(),
+    "fp16": edit_tensors("transformer", lambda t: t.update({name: value.half() for name, value in t.items()})),
+    "unknown keys": both(edit_json(TRANSFORMER, window=[-1, -1]), edit_json(TEXT, scalable_attention=True)),
+    "large": edit_json(TRANSFORMER, rope_max_seq_len=1 << 20),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("case", GOOD)
+def test_folders_that_are_in_order_load_as_before(wan_folder, broken_folder, capfd, case, precision):
+    folder = find_folder(str(broken_folder(GOOD[case])), "model.base")
+    plain = find_folder(str(wan_folder), "model.base")
+    models = [load_transformer(f, precision) for f in (folder, plain)]
+    models += [load_text_encoder(f, precision)[1] for f in (folder, plain)] + [load_vae(f) for f in (folder, plain)]
+    for ours, theirs in zip(models[::2], models[1::2], strict=True):
+        found, wanted = ours.state_dict(), theirs.state_dict()
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            near = 1e-3 if case == "fp16" and value.is_floating_point() else 0
+            if value.dtype != torch.int8 or case != "fp16":
+                torch.testing.assert_close(found[name], value, rtol=near, atol=near)
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_a_run_on_links(broken_folder, config_file):
+    assert "dry run: everything" in done("fit", config_file(broken_folder(linked)), "--dry-run")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_are_in_order(broken_folder, name):
+    """Their descriptions as they are on the hub, with headers of the right size and holes for weights."""
+    vae = {
+        "_class_name": "AutoencoderKLWan",
+        "attn_scales": [],
+        "base_dim": 96,
+        "dim_mult": [1, 2, 4, 4],
+        "dropout": 0.0,
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "z_dim": 16,
+    }
+    text = UMT5_XXL | {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "tie_word_embeddings": False,
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu_new",
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "num_decoder_layers": 24,
+        "scalable_attention": True,
+    }
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": 3.0,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
+    configs = {"transformer": PUBLISHED[name], "vae": vae, "text_encoder": text}
+
+    def edit(folder: Path) -> None:
+        for part, config in configs.items():
+            (folder / DESCRIPTIONS[part]).write_text(json.dumps(config))
+            holes(folder / WEIGHTS[part], empty_model(part, config), leave_out=EMBEDDED)
+        (folder / SCHEDULER).write_text(json.dumps(scheduler))
+
+    begin = time.monotonic()
+    folder = find_folder(str(broken_folder(edit)), "model.base")
+    assert time.monotonic() - begin < 10
+    assert folder.flow_shift == 3.0 and folder.size_multiple == 16
+    assert load_scheduler(folder, 8.0).config.flow_shift == 8.0
+
+
+def holes(file: Path, model: torch.nn.Module, leave_out: str) -> None:
+    """A sparse file of a model's size."""
+    entries, end = {}, 0
+    for name, value in model.state_dict().items():
+        if name != leave_out:
+            entries[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + 4 * value.numel()]}
+            end += 4 * value.numel()
+    text = json.dumps(entries).encode()
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        handle.truncate(8 + len(text) + end)
+
+
+def test_the_shift_of_a_scheduler_that_leaves_it_out(broken_folder):
+    """UniPC calls it flow_shift, whether its description names it or not."""
+    unipc = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "shift": None}
+    folder = find_folder(
+        str(broken_folder(edit_json(SCHEDULER, _class_name="UniPCMultistepScheduler", **unipc))), "model.base"
+    )
+    scheduler = load_scheduler(folder, 8.0)
+    assert scheduler.config.flow_shift == 8.0
+
+
+@pytest.mark.parametrize(
+    "case", ["text missing", "vae shape", "nested", "a module", "no layers", "header's length", "twice"]
+)
+def test_the_installed_command(broken_folder, config_file, case):
+    """Nothing of what libraries say of a broken model reaches the terminal."""
+    edit, says = BAD[case]
+    file = config_file(broken_folder(edit))
+    command = [sys.executable, "-m", "dmdtrain", "fit", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert says[0] in line and not result.stdout

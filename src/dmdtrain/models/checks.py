@@ -52,7 +52,8 @@ def check_folder(path: Path, weights: bool) -> dict[str, dict[str, Any]]:
         listed = architectures[:1] if isinstance(architectures, list) else []
         found = configs[part].get("_class_name") or next(iter(listed), None)
         if found != wanted:
-            raise BadFolder(f"{part} is a {_short(found)}; it must be a {wanted}")
+            other = f"{DESCRIPTIONS[part]} names no class" if found is None else f"{part} is a {_short(found)}"
+            raise BadFolder(f"{other}; it must be a {wanted}")
         for name in NEEDED[part]:
             if name not in configs[part]:
                 raise BadFolder(f"{DESCRIPTIONS[part]} has no {name}")
@@ -68,7 +69,8 @@ def check_folder(path: Path, weights: bool) -> dict[str, dict[str, Any]]:
 def _check_index(index: dict[str, Any]) -> None:
     kind = index.get("_class_name")  # a list: a pipeline with code of its own, such as `export-pipeline` writes
     if kind != "WanPipeline" and not isinstance(kind, list):
-        raise BadFolder(f"model_index.json is of a {_short(kind)}; it must be a WanPipeline, text to video")
+        other = "names no class" if kind is None else f"is of a {_short(kind)}"
+        raise BadFolder(f"model_index.json {other}; it must be a WanPipeline, text to video")
     second = index.get("transformer_2")
     if index.get("expand_timesteps") or (isinstance(second, list) and any(second)):
         raise BadFolder("model_index.json is of a Wan 2.2; it must be a Wan 2.1")

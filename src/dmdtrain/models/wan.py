@@ -152,20 +152,34 @@ def load_vae(folder: WanFolder) -> Any:
 
 def load_text_encoder(folder: WanFolder, precision: str) -> tuple[Any, Any]:
     """(tokenizer, frozen UMT5 encoder); precision as in `load_transformer`."""
-    from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
+    from transformers import AutoConfig, UMT5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it reports of weights in tables, an error says in one line
+    tokenizer = _load_tokenizer(folder)
     if precision in ("fp32", "bf16"):
         encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
     else:
         build = lambda: UMT5EncoderModel(AutoConfig.from_pretrained(folder.path / "text_encoder"))  # noqa: E731
         encoder = _loaded_quantized(build, folder, "text_encoder", precision, "", None)
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def _load_tokenizer(folder: WanFolder) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder.name}: tokenizer can not be loaded: {str(error).splitlines()[0]}") from None
-    return tokenizer, encoder.requires_grad_(False).eval()
+    except Exception as error:  # tokenizers raises Exception itself; all mean that it can not be had
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{folder.name}: tokenizer can not be loaded: {reason}") from None
+    rows = folder.text_encoder.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise ConfigError(f"{folder.name}: tokenizer knows {len(tokenizer)} tokens, the text encoder {rows}")
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"{folder.name}: tokenizer/tokenizer_config.json names no pad_token")
+    return tokenizer
 
 
 def load_scheduler(folder: WanFolder, shift: float | None = None) -> Any:
