@@ -330,6 +330,30 @@ def test_the_encoders_are_finite(broken_folder, part, name):
         load_vae(found) if part == "vae" else load_text_encoder(found, "fp32")
 
 
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (write("tokenizer/tokenizer.json", "[" * 100_000), "tokenizer can not be loaded: "),
+        (write("tokenizer/tokenizer.json", '{"model": 1}'), "tokenizer can not be loaded: "),
+        (edit_json("tokenizer/tokenizer_config.json", pad_token=None), "tokenizer_config.json names no pad_token"),
+    ],
+)
+def test_a_tokenizer_is_told_of_before_the_encoder_is_loaded(broken_folder, config_file, edit, says):
+    folder = broken_folder(edit)
+    refused("fit", config_file(folder), says=[f"{folder}: ", says])
+
+
+def test_a_tokenizer_of_another_model(broken_folder, config_file):
+    """It knows tokens that the encoder has no row for."""
+
+    def edit(folder: Path) -> None:
+        edit_tensors("text_encoder", lambda tensors: tensors.update({SHARED: tensors[SHARED][:9].clone()}))(folder)
+        edit_json(TEXT, vocab_size=9)(folder)
+
+    folder = broken_folder(edit)
+    refused("fit", config_file(folder), says=f"{folder}: tokenizer knows 12 tokens, the text encoder 9")
+
+
 def test_a_run_on_weights_that_are_not_finite_ends_in_one_line(broken_folder, config_file, tmp_path):
     folder = broken_folder(put("transformer", QUERY, torch.full((24, 24), float("nan"))))
     refused("fit", config_file(folder), says=f"{folder}: transformer holds weights that are not finite: {QUERY}")
@@ -379,6 +403,15 @@ GOOD = {
 }
 
 
+def test_two_tables_that_differ_are_read_alike(broken_folder):
+    """Where the encoder has another table than the decoder's, quantized or not, it is its own that it reads."""
+    other = torch.randn(12, 16, generator=torch.Generator().manual_seed(3))
+    found = find_folder(str(broken_folder(put("text_encoder", EMBEDDED, other))), "model.base")
+    for precision in ("fp32", "int8"):
+        encoder = load_text_encoder(found, precision)[1]
+        torch.testing.assert_close(encoder.encoder.embed_tokens.weight.float(), other, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("case", GOOD)
 def test_folders_that_are_in_order_load_as_before(wan_folder, broken_folder, capfd, case, precision):
@@ -390,7 +423,7 @@ def test_folders_that_are_in_order_load_as_before(wan_folder, broken_folder, cap
         found, wanted = ours.state_dict(), theirs.state_dict()
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
-            near = 1e-3 if case == "fp16" and value.is_floating_point() else 0
+            near = 1e-2 if case == "fp16" and value.is_floating_point() else 0
             if value.dtype != torch.int8 or case != "fp16":
                 torch.testing.assert_close(found[name], value, rtol=near, atol=near)
     assert "REPORT" not in capfd.readouterr().err
@@ -470,9 +503,7 @@ def test_the_shift_of_a_scheduler_that_leaves_it_out(broken_folder):
     assert scheduler.config.flow_shift == 8.0
 
 
-@pytest.mark.parametrize(
-    "case", ["text missing", "vae shape", "nested", "a module", "no layers", "header's length", "twice"]
-)
+@pytest.mark.parametrize("case", ["text missing", "nested", "header's length", "a module"])
 def test_the_installed_command(broken_folder, config_file, case):
     """Nothing of what libraries say of a broken model reaches the terminal."""
     edit, says = BAD[case]

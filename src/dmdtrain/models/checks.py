@@ -246,7 +246,7 @@ def _read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
     if not file.is_file():
         raise BadFolder(f"{where} is missing")
     try:
-        with safe_open(file, "pt") as handle:
+        with safe_open(file, "np") as handle:  # "pt" asks for memory of the file's size
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is no dict)
             return {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:

@@ -242,8 +242,10 @@ def load_quantized(
                 else:
                     kept = special_dtype if is_special else dtype
                     set_module_tensor_to_device(model, key, device, value, dtype=kept)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    if hasattr(model, "tie_weights"):  # either of two names may be in the files
+        model.tie_weights(
+            missing_keys={name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+        )
     empty = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if empty:
         raise KeyError(f"{empty[0]} ({len(empty)} in all)")
