@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,19 @@ def wan_folder(tmp_path_factory) -> Path:
         transformer=tiny_transformer(),
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def broken_folder(wan_folder, tmp_path) -> Callable[..., Path]:
+    """A copy of the model folder after an edit."""
+
+    def make(edit: Callable[[Path], object]) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(wan_folder, folder)
+        edit(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -14,16 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from model_edits import WEIGHTS, drop_tensor, edit_json, other_transformer, remove, truncate, write
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
-
-WEIGHTS = {
-    "transformer": "transformer/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-}
 
 
 def run_cli(*args: object):
@@ -81,19 +75,6 @@ def refused_fit(config_file, tmp_path):
         assert not (tmp_path / "run").exists()
 
     return check
-
-
-@pytest.fixture
-def broken_folder(wan_folder, tmp_path) -> Callable[..., Path]:
-    """A copy of the model folder after an edit."""
-
-    def make(edit: Callable[[Path], object]) -> Path:
-        folder = tmp_path / "broken"
-        shutil.copytree(wan_folder, folder)
-        edit(folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -286,41 +267,6 @@ def test_a_hub_id_that_can_not_be_had(refused_fit, monkeypatch):
     )
 
 
-def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
-    """Sets keys of a JSON file of a model folder; None removes one."""
-
-    def edit(folder: Path) -> None:
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-    return edit
-
-
-def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def truncate(part: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        content = (folder / WEIGHTS[part]).read_bytes()
-        (folder / WEIGHTS[part]).write_bytes(content[: len(content) // 2])
-
-    return edit
-
-
-def drop_tensor(part: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS[part])
-        del tensors[sorted(tensors)[0]]
-        save_file(tensors, folder / WEIGHTS[part])
-
-    return edit
-
-
 @pytest.mark.parametrize("role", ["base", "teacher"])
 @pytest.mark.parametrize(
     ("edit", "says"),
@@ -363,7 +309,10 @@ def test_broken_model_folders(refused_fit, broken_folder, edit, says, role):
     [
         (truncate("transformer"), ["transformer/", "is broken: "]),
         (truncate("text_encoder"), ["text_encoder/", "is broken: "]),
-        (edit_json("transformer/config.json", ffn_dim=64), ["transformer can not be loaded: ", "ffn"]),
+        (
+            edit_json("transformer/config.json", ffn_dim=64),
+            ["transformer/", "ffn", "is [32]; config.json makes it [64]"],
+        ),
         pytest.param(drop_tensor("transformer"), ["transformer"]),
         pytest.param(drop_tensor("text_encoder"), ["text_encoder"]),
         pytest.param(truncate("vae"), ["vae"]),
@@ -393,16 +342,17 @@ def test_a_codec_that_is_broken_when_it_is_needed(wan_folder, trained, ckpt, tmp
     ("changes", "says"),
     [
         ({"text_dim": 24}, "text_dim is 24, the base has 16; they must agree"),
-        ({"out_channels": 8}, "out_channels is 8, the base has 4; they must agree"),
+        ({"in_channels": 8, "out_channels": 8}, "not a text-to-video model"),
+        ({"out_channels": 8}, "transformer/config.json: out_channels: 8: it must be in_channels, 4"),
     ],
 )
 def test_a_teacher_that_does_not_fit(refused_fit, broken_folder, changes, says):
-    folder = broken_folder(edit_json("transformer/config.json", **changes))
+    folder = broken_folder(other_transformer(**changes))
     refused_fit({"model.teacher": str(folder)}, says=[f"model.teacher: {folder}: {says}"])
 
 
 def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder):
-    folder = broken_folder(edit_json("transformer/config.json", patch_size=[2, 2, 2]))
+    folder = broken_folder(other_transformer(patch_size=(2, 2, 2)))
     refused_fit(
         {
             "model.base": str(folder),

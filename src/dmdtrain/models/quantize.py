@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from dmdtrain.models.checks import check_finite
+
 KINDS = ("int8", "int8-llm", "nf4")
 OUTLIER = 6.0  # activations above it keep their precision in int8-llm, as its paper has it
 
@@ -246,7 +248,7 @@ def load_quantized(
             quantized and stay.
 
     Raises:
-        KeyError: a weight is in no file, with its name. ValueError: it has another shape than the model's.
+        KeyError: a weight is in no file, with its name. ValueError: it has another shape than the model's, or is not finite.
     """
     with init_empty_weights():
         model = build()
@@ -263,6 +265,7 @@ def load_quantized(
                 except AttributeError:
                     continue  # of a part that this model does not have
                 value = handle.get_tensor(key)
+                check_finite(key, value)
                 if value.shape != wanted:
                     raise ValueError(f"{key} is {list(value.shape)}; the model wants {list(wanted)}")
                 is_special = bool(special & set(key.split(".")))
@@ -274,8 +277,10 @@ def load_quantized(
                 else:
                     kept = special_dtype if is_special else dtype
                     set_module_tensor_to_device(model, key, device, value, dtype=kept)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    if hasattr(model, "tie_weights"):  # either of two names may be in the files
+        model.tie_weights(
+            missing_keys={name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+        )
     empty = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if empty:
         raise KeyError(f"{empty[0]} ({len(empty)} in all)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +10,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
+from dmdtrain.config import ConfigError
+from dmdtrain.models.checks import (
+    CLASSES,
+    BadFolder,
+    check_finite,
+    check_folder,
+    check_weights,
+    empty_model,
+    make_scheduler,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
 
 WAN_TINY = "wan-tiny"
-PARTS = {
-    "transformer": "WanTransformer3DModel",
-    "vae": "AutoencoderKLWan",
-    "text_encoder": "UMT5EncoderModel",
-    "tokenizer": None,
-    "scheduler": None,
-}
 
 
 @dataclass(frozen=True)
@@ -89,57 +91,11 @@ def find_folder(name: str, key: str) -> WanFolder:
                     f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}"
                 )
             path, hub = _download(name, ["*.json", "tokenizer/*"], key), True
-    _read_json(path / "model_index.json", name, key)
-    configs = {}
-    for part, wanted in PARTS.items():
-        file = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
-        configs[part] = _read_json(path / part / file, name, key)
-        found = configs[part].get("_class_name") or (configs[part].get("architectures") or [None])[0]
-        if wanted and found != wanted:
-            raise ConfigError(f"{key}: {name}: {part} is a {found}; it must be a {wanted}")
-    for part in ("transformer", "vae", "text_encoder"):
-        if not hub:
-            _check_weights(path / part, name, key)
-    transformer, vae = configs["transformer"], configs["vae"]
-    for wanted in ("in_channels", "patch_size"):
-        if wanted not in transformer:
-            raise ConfigError(f"{key}: {name}: transformer/config.json has no {wanted}")
-    if transformer.get("image_dim") or transformer["in_channels"] != vae.get("z_dim", 16):
-        raise ConfigError(
-            f"{key}: {name}: not a text-to-video model (the transformer takes {transformer['in_channels']} channels, "
-            f"the codec makes {vae.get('z_dim', 16)})"
-        )
-    if vae.get("scale_factor_temporal", VAE_TEMPORAL_FACTOR) != VAE_TEMPORAL_FACTOR:
-        raise ConfigError(f"{key}: {name}: the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan 2.1")
-    return WanFolder(path, name, hub, transformer, vae, configs["text_encoder"], configs["scheduler"])
-
-
-def _check_weights(folder: Path, name: str, key: str) -> None:
-    """Reads the headers of a part's weights, which tell whether a file is whole."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"{key}: {name}: {folder.name} holds no .safetensors weights")
-    for file in weights:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{key}: {name}: {folder.name}/{file.name} is broken: {error}") from None
-
-
-def _read_json(file: Path, name: str, key: str) -> dict[str, Any]:
-    part = file.relative_to(file.parents[1]) if file.name != "model_index.json" else file.name
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{key}: {name}: {part} is missing; is it a Diffusers folder of Wan 2.1?") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {name}: {part} is broken: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{key}: {name}: {part} is broken: it must hold an object")
-    return values
+        configs = check_folder(path, weights=not hub)
+    except BadFolder as error:
+        raise ConfigError(f"{key}: {name}: {error}") from None
+    return WanFolder(path, name, hub, *(configs[part] for part in ("transformer", "vae", "text_encoder", "scheduler")))
 
 
 def _download(name: str, patterns: list[str], key: str) -> Path:
@@ -192,35 +148,50 @@ def load_vae(folder: WanFolder) -> Any:
 
 def load_text_encoder(folder: WanFolder, precision: str, quantize_on: torch.device | None = None) -> tuple[Any, Any]:
     """(tokenizer, frozen UMT5 encoder); precision and quantize_on as in `load_transformer`."""
-    from transformers import AutoConfig, AutoTokenizer, UMT5EncoderModel
+    from transformers import AutoConfig, UMT5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it reports of weights in tables, an error says in one line
+    tokenizer = _load_tokenizer(folder)
     if precision in ("fp32", "bf16"):
         encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
     else:
         build = lambda: UMT5EncoderModel(AutoConfig.from_pretrained(folder.path / "text_encoder"))  # noqa: E731
         encoder = _loaded_quantized(build, folder, "text_encoder", precision, "", quantize_on)
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def _load_tokenizer(folder: WanFolder) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder.name}: tokenizer can not be loaded: {str(error).splitlines()[0]}") from None
-    return tokenizer, encoder.requires_grad_(False).eval()
+    except Exception as error:  # tokenizers raises Exception itself; all mean that it can not be had
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{folder.name}: tokenizer can not be loaded: {reason}") from None
+    rows = folder.text_encoder.get("vocab_size")
+    if rows is not None and len(tokenizer) > rows:
+        raise ConfigError(f"{folder.name}: tokenizer knows {len(tokenizer)} tokens, the text encoder {rows}")
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"{folder.name}: tokenizer/tokenizer_config.json names no pad_token")
+    return tokenizer
 
 
 def load_scheduler(folder: WanFolder, shift: float | None = None) -> Any:
     """The folder's own sampling scheduler, with another shift where one is given."""
-    import diffusers
-
-    cls = getattr(diffusers, folder.scheduler["_class_name"])
-    changes = {} if shift is None else {"flow_shift" if "flow_shift" in folder.scheduler else "shift": shift}
-    return cls.from_config(folder.scheduler | changes)
+    return make_scheduler(folder.scheduler, shift)
 
 
 def part_folder(folder: WanFolder, part: str) -> Path:
     """Where a part lies, weights included: those of a hub model are fetched when they are first needed."""
     if folder.hub:
         _download(folder.name, [f"{part}/*"], part)
+        if part in CLASSES:
+            try:
+                check_weights(folder.path / part, empty_model(part, getattr(folder, part)))
+            except BadFolder as error:
+                raise ConfigError(f"{folder.name}: {error}") from None
     return folder.path / part
 
 
@@ -239,6 +210,11 @@ def _loaded(cls: Any, folder: WanFolder, part: str, **options: Any) -> Any:
     missing = sorted(found["missing_keys"])
     if missing:
         raise ConfigError(f"{folder.name}: {part} lacks weights: {missing[0]} ({len(missing)} in all)")
+    try:
+        for name, value in model.named_parameters():
+            check_finite(name, value)
+    except BadFolder as error:
+        raise ConfigError(f"{folder.name}: {part} holds {error}") from None
     return model
 
 
@@ -255,11 +231,12 @@ def _loaded_quantized(
 
     from dmdtrain.models.quantize import cached_quantized, load_quantized
 
-    files = _weight_files(part_folder(folder, part))
+    path = part_folder(folder, part)
     where = device or torch.device("cpu")
-    make = lambda: load_quantized(build, files, kind, inside, torch.bfloat16, where)  # noqa: E731
     try:
-        return make() if cache is None else cached_quantized(make, build, files, kind, cache, where)
+        weights = weight_files(path)
+        make = lambda: load_quantized(build, weights, kind, inside, torch.bfloat16, where)  # noqa: E731
+        return make() if cache is None else cached_quantized(make, build, weights, kind, cache, where)
     except KeyError as error:
         raise ConfigError(f"{folder.name}: {part} lacks weights: {error.args[0]}") from None
     except ValueError as error:
@@ -268,16 +245,6 @@ def _loaded_quantized(
         if type(error).__name__ != "SafetensorError":
             raise
         raise ConfigError(f"{folder.name}: {part} holds broken weights: {error}") from None
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files of a part's weights: those that its index names, or the one without a variant in its name."""
-    index = sorted(path.glob("*.safetensors.index.json"))
-    if index:
-        names = json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()
-        return [path / name for name in dict.fromkeys(names)]
-    found = sorted(path.glob("*.safetensors"))
-    return [file for file in found if file.name.count(".") == 1] or found
 
 
 def update_with_weights(digest: Any, folder: Path) -> None:
