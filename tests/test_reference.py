@@ -48,6 +48,14 @@ def test_origins_beside_the_values(tmp_path):
     assert "  seed: 2 " in result.stdout and "output_dir: there " in result.stdout
 
 
+def test_the_miniature_as_teacher_is_the_base_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: {base: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, precision: int8}\n")
+    result = run_cli("config", "show", tmp_path / "run.yaml", "--set", "model.teacher=wan-tiny")
+    assert result.exit_code == 0 and "  base: wan-tiny " in result.stdout
+    origin = shown(result.stdout)
+    assert (origin["model.base"], origin["model.teacher"]) == ("derived: as model.teacher", "--set")
+
+
 def test_every_null_says_what_it_stands_for():
     config = Config()
     assert set(derived(config)) == {key for key in known_keys() if nested_get(config, key) is None}

@@ -144,12 +144,7 @@ def test_the_result_trains(theirs, tmp_path, with_clips):
     else:
         theirs.imported(SHORT)
         (tmp_path / "run.prompts.txt").write_text("a red circle\na blue cross\n")
-    alone = ("--set", "model.teacher=wan-tiny")
-    refused(
-        "fit", "run.yaml", "--dry-run", *alone, says=["model.teacher: wan-tiny: ", "set model.base=wan-tiny as well"]
-    )
     sizes = [
-        "model.base=wan-tiny",
         "model.teacher=wan-tiny",
         "model.precision=fp32",
         "model.text_encoder_precision=fp32",
@@ -191,7 +186,7 @@ def test_the_bare_quickstart_passes_a_dry_run(tmp_path, monkeypatch):
     assert load("mine.yaml").data.prompts == "mine.prompts.txt"
     assert "replace it by your prompts" in (tmp_path / "mine.yaml").read_text()
     assert (tmp_path / "mine.prompts.txt").read_text() == f"{QUICKSTART['validation_prompt']}\n"
-    tiny = ("--set", "model.base=wan-tiny", "--set", "model.teacher=wan-tiny")
+    tiny = ("--set", "model.teacher=wan-tiny")
     assert "in order" in done("fit", "mine.yaml", "--dry-run", *tiny)
 
 

@@ -191,7 +191,8 @@ class Model(Group):
     base: PathText = "wan-tiny"
     """Diffusers folder, hub id (org/name), or `wan-tiny`, the built-in miniature."""
     teacher: PathText | None = None
-    """Another teacher than the base (same latents and text encoder). None: the base itself."""
+    """Another teacher than the base (same latents and text encoder). None: the base itself. wan-tiny goes with no other base
+    and stands for both: a way to try any configuration on the miniature."""
     precision: Precision = "bf16"
     """Of the frozen base. int8: its blocks' linear layers, weight-only, a scale per row; int8-llm: bitsandbytes' LLM.int8, with
     int8 activations; nf4: bitsandbytes' 4 bits. Embedders, norms, modulation and head keep bf16 or float32."""
@@ -215,6 +216,12 @@ class Model(Group):
     not run here is refused. auto: the fastest that does, of FlashAttention 3, cuDNN's, FlashAttention 2 and PyTorch's own."""
     flow_shift: Positive | None = None
     """Shift of the teacher's own sampling schedule. None: what the model folder's scheduler says."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _miniature(cls, values: Any) -> Any:
+        whole = isinstance(values, dict) and values.get("teacher") == "wan-tiny"
+        return values | {"base": "wan-tiny"} if whole else values
 
 
 class Student(Group):

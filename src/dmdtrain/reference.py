@@ -25,7 +25,7 @@ Every key of a run's YAML file. This page is made from `src/dmdtrain/config.py` 
 
 
 def derived(config: Config) -> dict[str, str]:
-    """What keys stand for that are null, by key."""
+    """What keys stand for that are null or follow another one, by key."""
     shift = config.model.flow_shift
     means = {
         "model.teacher": "the base",
@@ -49,7 +49,8 @@ def derived(config: Config) -> dict[str, str]:
         "validation.tiled_decoding": "for frames above 832 x 480 pixels",
         "validation.steps": f"as dmd.denoising_steps, {','.join(f'{t:g}' for t in config.dmd.denoising_steps)}",
     }
-    return {key: text for key, text in means.items() if nested_get(config, key) is None}
+    known = {"model.base": "as model.teacher"} if config.model.teacher == "wan-tiny" else {}
+    return known | {key: text for key, text in means.items() if nested_get(config, key) is None}
 
 
 def show(config: Config, origins: dict[str, str]) -> str:

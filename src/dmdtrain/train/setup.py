@@ -104,11 +104,6 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     """
     if config.model.attention not in (AUTO, *BACKENDS):
         raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *BACKENDS))}")
-    if config.model.teacher == "wan-tiny" != config.model.base:
-        raise ConfigError(
-            f"model.teacher: wan-tiny: {config.model.base} has other latents and another text encoder; to try a configuration "
-            "on the miniature, set model.base=wan-tiny as well"
-        )
     base = find(config.model.base, "model.base")
     teacher = base if config.model.teacher is None else find(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
