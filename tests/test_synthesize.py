@@ -277,9 +277,9 @@ def test_the_text_encoder_is_loaded_once(wan_folder, tmp_path, monkeypatch):
     """Of Wan it is the largest part; batches of one video are what a large teacher makes."""
     work, calls = encode.load_text_encoder, []
 
-    def load(folder, precision):
+    def load(folder, precision, quantize_on):
         calls.append(precision)
-        return work(folder, precision)
+        return work(folder, precision, quantize_on)
 
     monkeypatch.setattr(encode, "load_text_encoder", load)
     monkeypatch.setattr(render, "BATCH_TOKENS", 1)

@@ -397,9 +397,9 @@ def loads(monkeypatch) -> list[str]:
     """One entry each time the text encoder is loaded: of Wan it is the largest part."""
     work, calls = encode.load_text_encoder, []
 
-    def load(folder, precision):
+    def load(folder, precision, quantize_on):
         calls.append(precision)
-        return work(folder, precision)
+        return work(folder, precision, quantize_on)
 
     monkeypatch.setattr(encode, "load_text_encoder", load)
     return calls
