@@ -51,6 +51,7 @@ def command(args: list[str], out: Connection, file_limit: int, terminal: str | N
     from dmdtrain.cli import main
 
     torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # a compiled module that is cut short by the limit would break every later import
     obey_modes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, UNLIMITED))
     os.dup2(out.fileno() if terminal is None else os.open(terminal, os.O_WRONLY), 1)
@@ -194,6 +195,24 @@ def test_a_terminal_that_takes_nothing_stops_nothing(start, write, tmp_path):
     running = start("fit", write(**{"train.max_steps": 2}), terminal="/dev/full")
     assert running.code() == 0, running.output
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirect", "code", "says"),
+    [
+        ("> /dev/full", 0, "dmdtrain: the last lines of the output are lost: No space left on device\n"),
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+    ],
+)
+def test_an_output_that_is_lost_changes_no_exit_code(write, unbuffered, redirect, code, says):
+    command = f"set -o pipefail; {sys.executable} -m dmdtrain fit {write()} --dry-run {redirect}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == code, run.stderr
+    assert run.stderr == ("" if unbuffered else says)
 
 
 def test_a_pipe_that_nobody_reads_any_more_stops_nothing(start, write, run, tmp_path):

@@ -364,7 +364,7 @@ def test_nothing_is_left_where_the_yaml_can_not_be_written(theirs, tmp_path):
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
-    command = [sys.executable, "-m", "dmdtrain", "import-config", "config/config.json"]
+    command = [sys.executable, "-B", "-m", "dmdtrain", "import-config", "config/config.json"]
     result = subprocess.run(command, cwd=tmp_path, preexec_fn=small_files, capture_output=True, text=True, timeout=60)
     assert result.returncode == 74
     assert result.stderr == "dmdtrain: run.yaml can not be read or written: File too large\n"

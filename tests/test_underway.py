@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,8 +379,9 @@ def test_data_that_disappear_lose_nothing(what, write, made, clips, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the disk
 
 
-def test_a_save_that_fails_leaves_the_older_checkpoint_of_the_step(whole, made, tmp_path):
+def test_a_save_that_fails_leaves_the_older_checkpoint_of_the_step(whole, made, tmp_path, monkeypatch):
     """No file may grow beyond a few bytes from the signal on: what a full disk is like, without one."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # no compiled module is cut short
     file, run = tmp_path / "run.yaml", tmp_path / "run"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     made.at = {7: lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))}

@@ -56,6 +56,8 @@ def _one_line_errors() -> Iterator[None]:
             raise
         typer.echo(f"dmdtrain: {error.filename or 'a file'} can not be read or written: {error.strerror}", err=True)
         raise typer.Exit(UNWRITABLE) from None
+    except EOFError as error:  # of which Typer would say "Aborted." and no more
+        raise RuntimeError("a file ends early; of an import: delete that package's __pycache__") from error
     except KeyboardInterrupt as stop:
         typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
         by = stop.asked if isinstance(stop, interrupt.Interrupted) else interrupt.SIGNALS[0]
@@ -359,10 +361,28 @@ def config_docs() -> None:
 
 
 def main() -> None:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None where the caller closed it)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         app()
     except BrokenPipeError:
         sys.exit(STOPPED)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        sys.exit(UNWRITABLE)  # of what Typer writes itself, such as --help
+    finally:
+        _drain()
+
+
+def _drain() -> None:
+    """Writes out what standard output still holds. Python would do so as it exits, and turn a failure into exit code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            typer.echo(f"dmdtrain: the last lines of the output are lost: {error.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
