@@ -24,8 +24,9 @@ demo: setup
 	$(BIN)/dmdtrain fit configs/wan_tiny.yaml --output-dir $(DEMO)
 	@scripts/demo_finish.sh $(BIN)/dmdtrain $(DEMO)
 
+# A process for each core; the tests of one file stay together, for they share models and caches.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

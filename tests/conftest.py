@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from dmdtrain.cli import app
 from dmdtrain.train.interrupt import SIGNALS
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 for number in SIGNALS:  # a shell ignores Ctrl-C for what it starts with &
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
