@@ -376,6 +376,36 @@ def test_a_hub_that_can_not_be_reached_changes_nothing(write, alone, closed_port
     assert numbers(tmp_path / "run") == alone(4)
 
 
+def fit_with_a_hub(file: Path, server: Server) -> subprocess.Popen[str]:
+    environment = os.environ | {"HF_ENDPOINT": f"http://{server.address}", "HF_TOKEN": "hf_test"}
+    command = [sys.executable, "-u", "-m", "dmdtrain", "fit", str(file)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_an_upload_that_fails_after_the_last_step_only_the_last_checkpoint_is_kept(write, serve, tmp_path):
+    let_go = threading.Event()
+
+    def answer(handler, body):
+        let_go.wait(60)
+        reply(handler, 403)
+
+    fit = fit_with_a_hub(write(**{"hub.model_id": "me/student", "hub.push_checkpoints": True}), serve(answer))
+    try:
+        for line in fit.stdout:
+            if "waiting for the upload to end" in line:
+                let_go.set()
+                break
+        said, _ = fit.communicate(timeout=60)
+    finally:
+        fit.kill()
+        let_go.set()
+    first, _, last = (line for line in said.splitlines() if line.startswith("hub: "))
+    assert first.startswith("hub: step-000002 could not be pushed (") and first.endswith("; step-000004 is next")
+    assert last.startswith("hub: step-000004 could not be pushed (")
+    assert str(tmp_path / "run" / "hub" / "step-000004") in last
+    assert [path.name for path in (tmp_path / "run" / "hub").iterdir()] == ["step-000004"]
+
+
 def test_an_upload_that_hangs_is_ended_by_a_signal(write, serve, tmp_path):
     asked, let_go = threading.Event(), threading.Event()
 
@@ -383,11 +413,7 @@ def test_an_upload_that_hangs_is_ended_by_a_signal(write, serve, tmp_path):
         asked.set()
         let_go.wait(60)
 
-    file = write(**{"hub.model_id": "me/student"})
-    environment = os.environ | {"HF_ENDPOINT": f"http://{serve(answer).address}", "HF_TOKEN": "hf_test"}
-    fit = subprocess.Popen(
-        [sys.executable, "-m", "dmdtrain", "fit", str(file)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    fit = fit_with_a_hub(write(**{"hub.model_id": "me/student"}), serve(answer))
     try:
         assert asked.wait(60)
         fit.send_signal(signal.SIGTERM)

@@ -55,7 +55,8 @@ class Hub:
         self._idle = Event()  # a signal that breaks off Thread.join leaves a thread that says it has ended
         self._idle.set()
         self._process: subprocess.Popen[str] | None = None
-        self._last = self._stopped = False
+        self._next: str | None = "training goes on"  # what follows a failure; None: nothing
+        self._stopped = False
 
     @property
     def repo(self) -> str:
@@ -76,12 +77,13 @@ class Hub:
 
     def finish(self, ckpt: Path | None) -> None:
         """Waits for what is in flight, then sends the last checkpoint where it is not there yet, and waits for that."""
-        self._last = True
+        self._next = None if ckpt in (None, self._trying) else f"{ckpt.name} is next"
         if not self._idle.is_set():
             self._say("waiting for the upload to end; Ctrl-C ends it now")
             self._idle.wait()
             if self._trying == ckpt:
                 return
+        self._next = None
         if ckpt is not None and ckpt != self.pushed:
             self._say(f"pushing {ckpt.name} to {self.repo}; Ctrl-C ends it")
             self.push(ckpt)
@@ -89,7 +91,7 @@ class Hub:
 
     def stop(self) -> None:
         """Ends what is in flight; sent again, it goes on from there."""
-        self._stopped = self._last = True
+        self._stopped, self._next = True, None
         if not self._idle.is_set():
             if self._process is not None:
                 self._process.kill()
@@ -125,7 +127,7 @@ class Hub:
             self._failed(ckpt, failed, f"; push it later with: {command}")
 
     def _failed(self, ckpt: Path, reason: str, later: str) -> None:
-        self._say(f"{ckpt.name} could not be pushed ({reason}){later if self._last else '; training goes on'}")
+        self._say(f"{ckpt.name} could not be pushed ({reason}){f'; {self._next}' if self._next else later}")
 
     def _send(self, folder: Path, name: str) -> str | None:
         """Why it failed, or None."""
