@@ -191,8 +191,8 @@ def test_all_blocks_share_their_graphs():
     torch._dynamo.reset()
     counters.clear()
     assert apart(gradients(make(compile_backend="aot_eager")), gradients(make())) < 1e-5
-    # Teacher without gradient, the other two with and without, and the guided batch's larger size once.
-    assert 0 < counters["stats"]["unique_graphs"] <= 10
+    # Of both parts: teacher without gradient, the other two with and without, and the guided batch's larger size once.
+    assert 0 < counters["stats"]["unique_graphs"] <= 2 * 10
 
 
 # --------------------------------------------------------------------------------------------------- what is held
@@ -268,7 +268,7 @@ def test_replay_without_recompute_runs_fewer_forwards():
     for recompute in (True, False):
         distiller = make(CAUSAL, checkpoint_replay=recompute)
         seen = []
-        distiller.roles.roles["student"].module.blocks[0].register_forward_pre_hook(
+        distiller.roles.roles["student"].module.blocks[0].attn1.register_forward_pre_hook(
             lambda *_, seen=seen: seen.append(1)
         )
         distiller.student_backward(CONTEXT, distiller.draw(2, torch.Generator().manual_seed(1)))

@@ -310,6 +310,7 @@ def test_plan_says_what_fits_and_what_would_make_it(settings, deep_folder, tmp_p
 
 def test_plan_says_where_nothing_makes_it_fit(settings, deep_folder, tmp_path, monkeypatch):
     settings["model"]["base"] = str(deep_folder)
+    settings["validation"]["every"] = 0
     monkeypatch.setattr(planning, "changes", lambda config: [{"model.precision": "int8"}])
     result = run_plan(settings, tmp_path, "--vram", "1")
     assert result.exit_code == 0  # CUDA alone is 0.8

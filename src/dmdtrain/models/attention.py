@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -9,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from dmdtrain.config import ConfigError
+from dmdtrain.models.block import by_piece
 
 AUTO = "auto"
 BACKENDS = tuple(
@@ -58,6 +61,10 @@ class QueryKeyNorm(nn.RMSNorm):
     from the values in type, and cached keys take twice the memory."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # CUDA's fused kernel keeps x alone for backward; what serves on a CPU would keep float32 copies of it.
+        return self._norm(x) if x.is_cuda else by_piece(self._norm, x)
+
+    def _norm(self, x: torch.Tensor, _: Any = None) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 

@@ -295,13 +295,17 @@ def _teacher_forcing(
     num_frames = view.blocks[-1].stop
     tokens = query.shape[1] // (2 * num_frames)
 
-    def rows(x: torch.Tensor, frames: slice | range, half: int = 0) -> torch.Tensor:
-        return x[:, (half * num_frames + frames.start) * tokens : (half * num_frames + frames.stop) * tokens]
+    def rows(x: torch.Tensor, *parts: range) -> torch.Tensor:
+        found = [x[:, part.start * tokens : part.stop * tokens] for part in parts if part]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
-    halves: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    clean, noisy = [], []
     for block in view.blocks:
         past = visible_frames(block, view.local_frames, view.sink_frames)
-        for half, parts in enumerate(halves):
-            keys, values = (torch.cat([*(rows(x, r) for r in past), rows(x, block, half)], 1) for x in (key, value))
-            parts.append(_attend(stock, rows(query, block, half), keys, values))
-    return torch.cat([*halves[0], *halves[1]], 1)
+        own = range(block.start, block.stop)
+        # Without a window all that a clean block sees is in one place.
+        seen = [range(block.stop)] if len(past) == 1 else [*past, own]
+        clean.append(_attend(stock, rows(query, own), rows(key, *seen), rows(value, *seen)))
+        later = range(own.start + num_frames, own.stop + num_frames)
+        noisy.append(_attend(stock, rows(query, later), rows(key, *past, later), rows(value, *past, later)))
+    return torch.cat([*clean, *noisy], 1)

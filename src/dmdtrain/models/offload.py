@@ -7,7 +7,6 @@ side a tensor belongs to.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -66,7 +65,7 @@ class Leash:
                 self._steps.pop(0).synchronize()
 
 
-def _current_stream(device: torch.device) -> Any:
+def current_stream(device: torch.device) -> Any:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
@@ -117,71 +116,6 @@ class HostTensor:
         return there
 
 
-# ------------------------------------------------------------------------------------------- gradient checkpoints
-
-
-class HostCheckpoints:
-    """Gradient checkpointing of a model's blocks with the checkpoints in host memory: in backward, each is brought back while
-    the block after it is computed."""
-
-    def __init__(self) -> None:
-        self._last: weakref.ref[_Saved] | None = None
-        self._leash = Leash()
-
-    def __call__(self, run: Callable[..., torch.Tensor], hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        """`run(hidden, *rest)`; of what it saw, hidden goes to the host. The rest is shared by all blocks and stays."""
-        saved = _Saved(hidden, None if self._last is None else self._last(), self._leash)
-        self._last = weakref.ref(saved)
-        self._leash.step(copy_stream(hidden.device))
-        # Where no input needs a gradient the trained weights inside still do.
-        anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-        return _HostCheckpoint.apply(run, saved, anchor, hidden, *rest)
-
-
-class _Saved:
-    def __init__(self, hidden: torch.Tensor, before: _Saved | None, leash: Leash):
-        self.tensor: HostTensor | None = HostTensor(hidden.detach())
-        self.leash = leash
-        self.before = None if before is None else weakref.ref(before)
-
-    def take(self) -> torch.Tensor:
-        assert self.tensor is not None, "a graph is gone through backwards once"
-        self.leash.step(_current_stream(self.tensor.device))
-        hidden, self.tensor = self.tensor.get(), None
-        before = self.before() if self.before is not None else None
-        if before is not None and before.tensor is not None:
-            before.tensor.prefetch()
-        return hidden
-
-
-class _HostCheckpoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Any, saved: _Saved, anchor: torch.Tensor, hidden: torch.Tensor, *rest: Any) -> Any:
-        ctx.run, ctx.saved, ctx.rest = run, saved, rest
-        kind = hidden.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        # As in the recompute: what looks at the grad mode must find the same.
-        with torch.enable_grad():
-            return run(hidden.detach(), *_detached(rest)).detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[3:]
-        inputs = [ctx.saved.take(), *_detached(ctx.rest)]
-        for value, wanted in zip(inputs, needed, strict=True):
-            if wanted:
-                value.requires_grad_()
-        kind, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=enabled):
-            out = ctx.run(*inputs)
-        torch.autograd.backward(out, grad)
-        return None, None, None, *(value.grad if wanted else None for value, wanted in zip(inputs, needed, strict=True))
-
-
-def _detached(values: tuple[Any, ...]) -> list[Any]:
-    return [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
-
-
 # -------------------------------------------------------------------------------------------------- frozen weights
 
 
@@ -212,7 +146,7 @@ class BlockStream:
                     weight.forget()
             self._current, self._next = block, (block + step) % len(self._blocks)
             self._here = []
-            self._leash.step(_current_stream(self.device))
+            self._leash.step(current_stream(self.device))
             self._here = [weight.get() for weight in self._blocks[block]]
             if self._next != block:
                 for weight in self._blocks[self._next]:

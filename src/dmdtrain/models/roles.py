@@ -12,17 +12,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dmdtrain.models.attention import norm_queries_and_keys
+from dmdtrain.models.block import BlockCheckpoints, compile_blocks, split_blocks
 from dmdtrain.models.causal import CausalView, View, install
-from dmdtrain.models.offload import HostCheckpoints
 
 RoleName = Literal["teacher", "student", "fake_score"]
 
@@ -87,6 +87,7 @@ class Roles:
     ):
         for model in (base, *([] if teacher is None else [teacher])):
             norm_queries_and_keys(model)
+            split_blocks(model)
         # Copies first: they are copies of the bare base, without adapters.
         copies = {name: cast_weights(copy.deepcopy(base), full_dtype) for name, spec in trained.items() if spec is None}
         base.requires_grad_(False)
@@ -113,10 +114,16 @@ class Roles:
         for module in {id(role.module): role.module for role in self.roles.values()}.values():
             self._switch(module, None, None)
             module.eval()
+            module.condition_embedder.register_forward_hook(self._for_the_head)  # type: ignore[union-attr, operator]
             if compile_backend is not None:
                 compile_blocks(module, compile_backend)
             if gradient_checkpointing:
                 module.enable_gradient_checkpointing(self._checkpoint_of(module, checkpoints_on_host))  # type: ignore[operator]
+
+    def _for_the_head(self, _module: nn.Module, _inputs: Any, embedded: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+        """What the time embedder gives for each frame, for each token, as the output head wants it; the blocks do not."""
+        temb, *rest = embedded
+        return (temb.repeat_interleave(self._frame_tokens, 1) if temb.ndim == 3 else temb), *rest
 
     def _switch(self, module: nn.Module, adapter: str | None, view: View | None) -> None:
         if self._active.get(id(module), "") != adapter:
@@ -140,20 +147,15 @@ class Roles:
             self._switch(module, *before)
 
     def _checkpoint_of(self, module: nn.Module, on_host: bool) -> Any:
-        """A checkpoint function that re-enters the role and the view of the forward. Both are captured in the closure: CUDA
-        runs backward on another thread."""
-        keep = HostCheckpoints() if on_host else _torch_checkpoint
+        """A checkpoint function that re-enters the role and the view of the forward. Both are captured: CUDA runs backward on
+        another thread."""
+        checkpoints = BlockCheckpoints(on_host)
 
         def checkpointed(block: Any, *args: Any) -> Any:
-            state = self._state(module)
-            if not self._checkpoint_replay and isinstance(state[1], CausalView):
+            adapter, view = self._state(module)
+            if not self._checkpoint_replay and isinstance(view, CausalView):
                 return block(*args)
-
-            def run(*inputs: Any) -> Any:
-                with self.active(module, *state):
-                    return block(*inputs)
-
-            return keep(run, *args)
+            return checkpoints(block, partial(self.active, module, adapter, view), *args)
 
         return checkpointed
 
@@ -168,10 +170,8 @@ class Roles:
         """Flow of a role. latents: [B, C, T, H, W], timestep: [B] or [B, T] in [0, 1000], context: [B, L, D] -> as latents."""
         role = self.roles[name]
         dtype = role.module.patch_embedding.weight.dtype  # type: ignore[union-attr]
-        if timestep.ndim == 2:  # per frame; the model wants it per token
-            _, patch_height, patch_width = role.module.config.patch_size  # type: ignore[union-attr]
-            tokens = (latents.shape[3] // patch_height) * (latents.shape[4] // patch_width)
-            timestep = timestep.repeat_interleave(tokens, 1)
+        _, patch_height, patch_width = role.module.config.patch_size  # type: ignore[union-attr]
+        self._frame_tokens = (latents.shape[3] // patch_height) * (latents.shape[4] // patch_width)
         with self.active(role.module, role.adapter, view):
             return role.module(latents.to(dtype), timestep, context.to(dtype), return_dict=False)[0]
 
@@ -201,18 +201,6 @@ class Roles:
             yield
         finally:
             load_parameters(own, kept)
-
-
-def _torch_checkpoint(run: Any, *args: Any) -> Any:
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # no dropout
-
-
-def compile_blocks(transformer: Any, backend: str) -> None:
-    """torch.compile of each block. All blocks share their graphs: one for each role and grad mode, and one more once a size
-    is seen to vary."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for block in transformer.blocks:
-        block.compile(backend=backend)
 
 
 @torch.no_grad()
