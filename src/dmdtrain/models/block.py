@@ -45,10 +45,11 @@ def _each_backward(
 ) -> torch.Tensor:
     """The gradient of hidden, which is detached; those of temb, if it needs one, and of weights are added to their `grad`."""
     found = torch.empty_like(hidden)
-    for rows, own in pieces(hidden, temb):
-        piece = hidden[:, rows].requires_grad_()
-        torch.autograd.backward(function(piece, own), grad[:, rows])
-        found[:, rows] = piece.grad
+    with torch.enable_grad():  # rows of temb lead to temb
+        for rows, own in pieces(hidden, temb):
+            piece = hidden[:, rows].requires_grad_()
+            torch.autograd.backward(function(piece, own), grad[:, rows])
+            found[:, rows] = piece.grad
     return found
 
 
