@@ -63,7 +63,7 @@ bench: setup
 
 # Full DMD steps of the real shapes at 480p with 21 latent frames; records go to benchmarks/records and its table.
 STEP := $(BIN)/python benchmarks/dmd_step.py --out benchmarks/records
-HOST := --set train.checkpoints_on=host --set train.batched_guidance=false
+HOST := --set train.checkpoints_on=host
 CAUSAL := --set rollout.causal=true
 bench-gpu: setup
 	for precision in bf16 int8 nf4; do for causal in true false; do \

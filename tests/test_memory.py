@@ -303,6 +303,16 @@ def test_int8_products_are_close_and_for_passes_without_gradient_alone():
     assert torch.equal(layer(x), exact)  # with gradients on
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dequantizing_makes_no_copy_in_float32(dtype):
+    layer = Int8Linear.from_weight(torch.randn(48, 64), None)
+    live = LiveBytes()
+    with live:
+        dense = quantize.dequantize(layer.weight, layer.scale, dtype)
+    assert live.peak == dense.nbytes
+    assert dense.dtype == dtype and torch.equal(dense, (layer.weight * layer.scale).to(dtype))
+
+
 def test_int8_products_reach_a_run(settings, tmp_path):
     settings["model"] |= {"precision": "int8"}
     losses = []
