@@ -59,6 +59,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/dmd_step.py --size tiny --compare train.gradient_checkpointing=false
 	$(BIN)/python benchmarks/minimal.py
+	$(BIN)/python benchmarks/block.py --out output/block.json
 	$(BIN)/python benchmarks/replay.py --out output/replay.json
 
 # Full DMD steps of the real shapes at 480p with 21 latent frames; records go to benchmarks/records and its table.
@@ -82,6 +83,7 @@ bench-gpu: setup
 	$(STEP) --size 1.3b --set model.precision=int8 --set train.compile=true --compare model.int8_matmul=true
 	$(STEP) --size 1.3b --set data.resolution=832x448 --set rollout.num_training_frames=16 \
 		--set dmd.generator_update_interval=5 --set train.compile=true
+	$(BIN)/python benchmarks/block.py --size 1.3b --tokens 32768 --out output/block.json
 	$(BIN)/python benchmarks/table.py
 
 # Scores the demo's student; run `make demo` first.

@@ -85,6 +85,15 @@ def errors(record: dict[str, Any]) -> str:
     return rows(["base", *(f"t = {t}" for t in timesteps)], lines)
 
 
+def block(record: dict[str, Any]) -> str:
+    lines = []
+    for row in record["rows"]:
+        settings = f"{record['device']}, {record['size']}: {record['tokens']} tokens, timesteps {row['timesteps']}"
+        peaks = [f"{row[f'peak_gib_{name}']:.2f}" for name in ("stock", "split")]
+        lines.append([settings, *peaks, f"{row['seconds_stock']:.2f}", f"{row['seconds_split_over_stock']:.2f}"])
+    return rows(["device, block", "peak GiB, stock", "split", "s, stock", "time x"], lines)
+
+
 def data(record: dict[str, Any]) -> str:
     parts = {"machine": record} | {name: part for name, part in record.items() if isinstance(part, dict)}
     lines = []
@@ -115,6 +124,8 @@ def page() -> str:
     parts.append("## Against a hand-written script (`minimal.py`)\n")
     record = json.loads((HERE / "minimal.json").read_text())
     parts.append(rows(["", ""], [[key.replace("_", " "), str(value)] for key, value in record.items()]) + "\n")
+    parts.append("## A block by piece against Diffusers' own (`block.py`)\n")
+    parts.append(block(json.loads((HERE / "block.json").read_text())) + "\n")
     parts.append("## Error of each precision against float32 (`precision.py`)\n")
     parts.append(errors(json.loads((HERE / "precision.json").read_text())) + "\n")
     parts.append("## Data (`data.py`)\n")

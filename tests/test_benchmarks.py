@@ -58,6 +58,17 @@ def test_replay_holds_less_than_one_graph(monkeypatch, tmp_path):
     assert all(0 < row["replay"]["peak_mib"] < row["one_graph"]["peak_mib"] for row in rows)
 
 
+def test_a_block_by_piece_holds_less_than_the_stock_one(monkeypatch, tmp_path):
+    from dmdtrain.models import block
+
+    monkeypatch.setattr(block, "PIECE", 64)
+    out = tmp_path / "block.json"
+    in_process(monkeypatch, "block", "--size", "tiny", "--tokens", "512", "--repeats", "1", "--out", str(out))
+    one, per_frame = json.loads(out.read_text())["rows"]
+    assert one["peak_gib_split"] < one["peak_gib_stock"] < per_frame["peak_gib_stock"]
+    assert per_frame["peak_gib_split"] < 0.7 * per_frame["peak_gib_stock"]
+
+
 def test_full_steps_of_a_tiny_model(monkeypatch, tmp_path):
     changes = ("--compare", "train.gradient_checkpointing=false")
     in_process(monkeypatch, "dmd_step", "--size", "tiny", "--steps", "1", *changes, "--out", str(tmp_path))

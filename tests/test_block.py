@@ -26,7 +26,9 @@ def pair() -> tuple[nn.Module, SplitBlock]:
     stock = tiny_transformer().blocks[0].requires_grad_(True)
     with torch.no_grad():
         for parameter in stock.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     model = nn.Module()
     model.blocks = nn.ModuleList([copy.deepcopy(stock)])
     split_blocks(model)
@@ -109,7 +111,9 @@ def test_backward_computes_under_the_autocast_of_the_forward(piece):
         assert error < (1e-6 if piece == 8192 else 3e-2), (name, float(error))
 
 
-@pytest.mark.parametrize(("length", "runs", "batch"), [(15, None, 2), (15, 3, 2), (15, 15, 1), (32760, None, 1), (7, 1, 3)])
+@pytest.mark.parametrize(
+    ("length", "runs", "batch"), [(15, None, 2), (15, 3, 2), (15, 15, 1), (32760, None, 1), (7, 1, 3)]
+)
 def test_pieces_cover_every_token_once(length, runs, batch, piece):
     temb = torch.arange(float(runs or 1)).view(1, -1, 1, 1).expand(batch, -1, 6, 2)
     temb = temb if runs else temb[:, 0]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmdtrain.config import ConfigError, build
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.models import quantize
+from dmdtrain.models import block, quantize
 from dmdtrain.models.attention import norm_queries_and_keys, pick_attention, works
 from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.offload import HostTensor, StreamedLinear, stream_blocks
@@ -140,6 +140,26 @@ def test_an_option_changes_no_gradient_beyond_its_rounding(case, device):
     assert apart(found, wanted) <= max(close, order)
     if "int8" in case.split():
         assert apart(found, wanted) > 0 or "cache" not in case  # it does round
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rollout": CAUSAL, "checkpoints_on_host": True},
+        {"rollout": CAUSAL, "checkpoint_replay": False},
+        {"precision": "int8", "stream": True},
+        {"precision": "nf4", "rollout": CAUSAL},
+        {"compile_backend": "aot_eager"},
+        {"train": {"mixed_precision": "bf16"}, "autocast": True},
+    ],
+)
+def test_pieces_of_the_sequence_change_no_gradient_beyond_the_order_of_its_sums(options, monkeypatch):
+    whole = gradients(make(**options))
+    monkeypatch.setattr(block, "PIECE", 20)  # of 24 or 72 tokens a video
+    # nf4 computes in bf16, as autocast does.
+    close = 0.02 if "train" in options or options.get("precision") == "nf4" else 1e-5
+    assert 0 < apart(gradients(make(**options)), whole) < close
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
