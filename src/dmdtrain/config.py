@@ -805,11 +805,12 @@ class Config(Group):
             )
         warms_up = self.warmup.kind == "teacher_forcing" and self.warmup.data is None
         if self.data.videos is not None and not (
-            warms_up or self.dmd.real_data_loss_weight or self.validation.real_clips
+            warms_up or self.dmd.real_data_loss_weight or self.validation.real_clips or self.data.prompts is None
         ):
             raise ValueError(
                 "data.videos: nothing in this run uses them; they are for warmup.kind teacher_forcing without warmup.data, "
-                "for dmd.real_data_loss_weight above 0 and for validation.real_clips above 0"
+                "for dmd.real_data_loss_weight above 0, for validation.real_clips above 0, and for their captions without "
+                "data.prompts"
             )
         check_blocks(self.rollout, self.validation.num_frames, "validation.num_frames")
         if self.model.teacher is None and self.model.teacher_precision is not None:
@@ -846,6 +847,10 @@ RESUMABLE = (
     "ema.validate_with",
     "ema.keep_on",
     "data.on_bad_video",
+    # Where prompts and clips lie: that they are the same is held by their content.
+    "data.prompts",
+    "data.prompt_column",
+    "data.videos",
     # Where things are kept and how they are computed, in other roundings at most.
     "model.attention",
     "data.cache_dir",

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from dmdtrain.data.videos import IMAGES, shown
+from dmdtrain.data.videos import IMAGES, Unreadable, shown
 
 LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
 NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the memory first
@@ -32,10 +32,6 @@ OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_e
 BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, struct.error, zlib.error)
 SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
 HD = 720  # lines from which video that does not say so is BT.709
-
-
-class Unreadable(ValueError):
-    """A file that could not be read this time, whatever is in it."""
 
 
 @dataclass(frozen=True)

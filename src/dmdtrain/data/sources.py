@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dmdtrain.config import unwritable
-from dmdtrain.data.decode import Header, Unreadable, read_header
+from dmdtrain.data.decode import Header, read_header
+from dmdtrain.data.videos import Unreadable
 from dmdtrain.files import write_text
 
 

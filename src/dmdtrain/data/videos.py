@@ -29,12 +29,21 @@ class Clip:
     caption: str
 
 
+class Unreadable(ValueError):
+    """A file that could not be read this time, whatever is in it."""
+
+
 @dataclass(frozen=True)
 class Dropped:
-    """What can not be used, and why."""
+    """What can not be used, and why; `unread`: it could not be read this time, and nobody knows."""
 
     where: str
     reason: str
+    unread: bool = False
+
+    @classmethod
+    def of(cls, where: object, error: ValueError) -> Dropped:
+        return cls(shown(where), str(error), isinstance(error, Unreadable))
 
 
 def shown(path: object) -> str:
@@ -72,7 +81,7 @@ def _walk(folder: Path, dropped: list[Dropped]) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
-        dropped.append(Dropped(shown(error.filename), f"the folder can not be read: {error.strerror}"))
+        dropped.append(Dropped(shown(error.filename), f"the folder can not be read: {error.strerror}", unread=True))
 
     for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         place = os.stat(parent)
@@ -93,7 +102,7 @@ def _beside(folder: Path, key: str) -> tuple[list[Clip], list[Dropped]]:
         try:
             clips.append(Clip(file, read_caption(file.with_suffix(".txt"))))
         except ValueError as error:
-            dropped.append(Dropped(shown(file), str(error)))
+            dropped.append(Dropped.of(file, error))
     if not clips and not dropped:
         raise ConfigError(f"{key}: {shown(folder)} holds no clips; valid are files such as clip.mp4 with clip.txt")
     return clips, dropped
@@ -110,7 +119,7 @@ def read_caption(file: Path) -> str:
     except UnicodeDecodeError:
         raise ValueError("its caption is no UTF-8 text") from None
     except OSError as error:
-        raise ValueError(f"its caption can not be read: {error.strerror}") from None
+        raise Unreadable(f"its caption can not be read: {error.strerror}") from None
 
 
 def check_caption(text: Any) -> str:
