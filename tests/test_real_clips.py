@@ -267,7 +267,7 @@ def test_damage_is_found_and_mended(resolve, write, tmp_path):
     cache.file(first).write_bytes(bytes(data))
     cache.file(second).write_bytes(whole[second][:100])
     with pytest.raises(
-        ConfigError, match=r"damaged \(its checksum differs\); it was removed, the same command encodes it"
+        ConfigError, match=r"damaged \(its checksum differs\); it was removed, .*prepare CONFIG --verify"
     ):
         cache.read([third, first])
     assert verify_videos(run, QUIET)[1] == 1 and set(whole) - set(contents(run)) == {first, second}

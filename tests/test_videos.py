@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -611,6 +612,27 @@ def test_a_file_is_opened_once_until_it_changes(resolve, good, clips, monkeypatc
     index.write_bytes(b"".join(lines[:-1]) + b"[1]\nnot json\n" + lines[-1][:20])  # a kill in mid-line, and worse
     assert len(scan(run, QUIET)["data.videos"].samples) == 3 and opened[4:] == ["c.mp4"]
     assert len(scan(run, QUIET)["data.videos"].samples) == 3 and len(opened) == 5
+
+
+def test_lines_of_the_index_that_are_no_sources_are_read_again(resolve, good, clips):
+    put(good, clips)
+    run = resolve()
+    assert len(scan(run, QUIET)["data.videos"].samples) == 1
+    index = run.output_dir / "cache" / "videos" / "sources.jsonl"
+    line = json.loads(index.read_text())
+    for wrong in ({"header": [48, 32]}, {"header": ["a", 1, 2, 3]}, {"header": 5}, {"sha256": 5}, {"failed": [1]}):
+        index.write_text(json.dumps(line | wrong) + "\n")
+        assert len(scan(run, QUIET)["data.videos"].samples) == 1
+
+
+def test_warnings_are_as_before_after_images_are_read_in_threads(resolve, clips, monkeypatch):
+    monkeypatch.setattr(run_clips, "READERS", 8)
+    for number in range(40):
+        Image.new("RGB", (300 + number, 300), (number, 0, 0)).save(clips / f"{number}.png")
+        (clips / f"{number}.txt").write_text("a cat")
+    before = list(warnings.filters)
+    assert len(scan(resolve({"rollout.num_training_frames": 1}), QUIET)["data.videos"].samples) == 40
+    assert list(warnings.filters) == before
 
 
 # ---------------------------------------------------------------------------------------------------- buckets

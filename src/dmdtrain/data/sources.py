@@ -30,6 +30,14 @@ class Source:
     bad: str | None = None  # why the file can not be used at all
     failed: dict[str, str] = field(default_factory=dict)  # how it was to be read -> why that did not work
 
+    def check(self) -> None:
+        """TypeError or ValueError unless it is as it was written."""
+        if self.header is not None:
+            width, height, frames, seconds = self.header
+            Header(int(width), int(height), int(frames), seconds if seconds is None else float(seconds))
+        if not isinstance(self.path + self.sha256 + (self.bad or ""), str) or not isinstance(self.failed, dict):
+            raise TypeError
+
 
 class SourceIndex:
     """The sources that a file lists, by their absolute paths."""
@@ -41,6 +49,7 @@ class SourceIndex:
             for line in file.read_bytes().splitlines():
                 try:
                     source = Source(**json.loads(line))
+                    source.check()
                     self._known[source.path] = source
                 except (ValueError, TypeError, AttributeError):
                     continue

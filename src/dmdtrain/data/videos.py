@@ -17,7 +17,8 @@ from typing import Any
 from dmdtrain.config import ConfigError, VideoSet
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", *IMAGES)
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
+SUFFIXES = (*VIDEOS, *IMAGES)
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 LONGEST_CAPTION = 100_000  # bytes; a longer one is no caption

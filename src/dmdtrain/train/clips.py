@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, VideoSet, unwritable
 from dmdtrain.data.buckets import Size, bucket_size
-from dmdtrain.data.decode import check_length
+from dmdtrain.data.decode import check_length, quiet_images
 from dmdtrain.data.latents import holds_latents
 from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
 from dmdtrain.data.videos import IMAGES, Clip, Dropped, Unreadable, list_clips, shown
@@ -135,7 +135,11 @@ def _inspect(files: list[Path], index: SourceIndex, console: Console) -> list[So
     new = [file for file, source in known.items() if source is None or not (source.header or source.bad)]
     if new:
         done = len(known) - len(new)
-        with ThreadPoolExecutor(READERS) as pool, Live(len(known), done, console, unit="scanned clip") as live:
+        with (
+            quiet_images(),
+            ThreadPoolExecutor(READERS) as pool,
+            Live(len(known), done, console, unit="scanned clip") as live,
+        ):
             for count, (file, source) in enumerate(ahead(pool, inspect, new, 4 * READERS), done + 1):
                 known[file] = source.result()
                 if source.result().size >= 0:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import BucketSampler, streams_of
-from dmdtrain.data.decode import read_clip
+from dmdtrain.data.decode import quiet_images, read_clip
 from dmdtrain.data.latents import LatentCache
 from dmdtrain.data.sources import SourceIndex, hash_of
 from dmdtrain.data.videos import Dropped, Unreadable, shown
@@ -140,6 +140,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
     failed: dict[str, ValueError] = {}
     with (
         codec_of(run, device) as vae,
+        quiet_images(),
         ThreadPoolExecutor(AHEAD) as pool,
         Live(len(missing), 0, console, unit="clip") as live,
     ):
