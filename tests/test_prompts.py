@@ -66,6 +66,8 @@ def test_every_kind_of_file_gives_the_same_prompts(write, tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     encoded = table.set_column(1, "Caption", table["Caption"].dictionary_encode())
     pyarrow.parquet.write_table(encoded, tmp_path / "encoded.parquet")
+    views = table.set_column(1, "Caption", table["Caption"].cast(pyarrow.string_view()))
+    pyarrow.parquet.write_table(views, tmp_path / "views.parquet")
     files = [
         write("p.txt", "\n".join(PROMPTS)),
         write("noname", "\n".join(PROMPTS) + "\n"),
@@ -78,6 +80,8 @@ def test_every_kind_of_file_gives_the_same_prompts(write, tmp_path):
         write("p.TSV", "id\tCaption\n" + "\n".join(f"{i}\t{quoted(prompt)}" for i, prompt in enumerate(PROMPTS))),
         tmp_path / "p.parquet",
         tmp_path / "encoded.parquet",
+        tmp_path / "views.parquet",
+        write("named.json", json.dumps({"prompts": PROMPTS})),
     ]
     for file in files:
         assert load(file) == WANTED, file.name
@@ -138,6 +142,7 @@ def test_the_column_is_found_or_named(write, tmp_path):
     assert load(table, "text") == ["t"] and load(table, "other") == ["o"]
     assert load(write("t.csv", "id, Text\n1,t\n")) == ["t"]
     assert load(write("only.csv", "description\na cat\n")) == ["a cat"]
+    assert load(write("only.csv", "cats\na cat\n"), "cats") == ["a cat"]
     assert load(write("only.csv", "my words\na cat\n"), "my words") == ["a cat"]
     assert load(write("p.jsonl", '{"a": "x", "b": "y"}'), "b") == ["y"]
     assert load(write("p.json", '[{"a": "x", "b": "y"}]'), "a") == ["x"]
@@ -181,7 +186,15 @@ def test_columns_that_can_not_be_chosen(write, tmp_path):
         ("p.json", "[" * 100_000, "not valid JSON"),
         ("p.json", "5", "it must hold a list of prompts, a list of objects, or an object of names and prompts"),
         ("p.json", '["a cat", 5]', "entry 2 is no text but 5"),
-        ("p.json", '{"prompts": ["a cat"]}', "'prompts' is no text but [\"a cat\"]"),
+        ("p.json", '{"a": ["a cat"], "b": "a dog"}', "'a' is no text but [\"a cat\"]"),
+        ("p.json", '{"a": "a cat", "a": "a dog"}', "not valid JSON: 'a' stands twice"),
+        ("p.jsonl", '{"prompt": "x"}\n{"prompt": "a", "prompt": "b"}', "line 2: not valid JSON: 'prompt' stands twice"),
+        (
+            "p.csv",
+            "cat\ndog\nbird\n",
+            "is its first line, 'cat', a prompt or the name of the column? Put `prompt` above",
+        ),
+        ("p.txt", "\u200b\n\ufeff\n", "no prompts in it"),
         ("p.json", '[{"prompt": "a"}, {"text": "b"}]', "entry 2 has no 'prompt'; it has text"),
         ("p.json", '[{"prompt": ["a"]}]', "entry 1: 'prompt' is no text but [\"a\"]"),
         ("p.jsonl", '"a"\n\n{"x"', "line 3: not valid JSON"),
