@@ -577,6 +577,8 @@ def test_captions_of_clips_that_are_not_trained_on(write, tmp_path):
     shutil.rmtree(tmp_path / "run")
     kept = alone | {"validation.real_clips": 2, "validation.every": 2}
     assert "prompts 4 for training" in done("fit", write(kept), "--dry-run")
+    held = kept | {"validation.held_out_prompts": 3}
+    assert "prompts 1 for training" in done("fit", write(held), "--dry-run")
     output = done("synthesize", write(kept), "--out", str(tmp_path / "made"), "--what", "latents", "--steps", "1")
     assert "4 latents" in output
 

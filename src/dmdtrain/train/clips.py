@@ -21,7 +21,7 @@ from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
 from dmdtrain.data.videos import IMAGES, Clip, Dropped, Unreadable, list_clips, shown
 from dmdtrain.files import write_text
 from dmdtrain.train.log import Live
-from dmdtrain.train.setup import Run, cache_root
+from dmdtrain.train.setup import Run, cache_root, with_prompts
 
 REPORT = "data_report.jsonl"
 READERS = min(8, os.cpu_count() or 1)  # files that are opened at once
@@ -226,7 +226,7 @@ def with_captions(run: Run, found: dict[str, Clips]) -> Run:
     captions = found["data.videos"].captions
     if not captions:
         raise ConfigError("data.prompts: not given, and validation.real_clips leaves no clip whose caption could serve")
-    return replace(run, prompts=captions)
+    return with_prompts(run, captions)
 
 
 def refuse_useless(run: Run, clips: Clips) -> None:
