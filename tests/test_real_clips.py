@@ -575,6 +575,10 @@ def test_captions_of_clips_that_are_not_trained_on(write, tmp_path):
     done("fit", write(alone))
     assert not list((tmp_path / "run" / "cache" / "videos").rglob("*.safetensors"))
     shutil.rmtree(tmp_path / "run")
+    (tmp_path / "none").mkdir()
+    write_clip(tmp_path / "none" / "a.mp4", 9, caption=None)
+    says = ["data.videos.0: no clip of", "they need a caption", "a.mp4: it has no caption (a.txt)"]
+    refused("fit", write(alone, str(tmp_path / "none")), says=says)
     kept = alone | {"validation.real_clips": 2, "validation.every": 2}
     assert "prompts 4 for training" in done("fit", write(kept), "--dry-run")
     held = kept | {"validation.held_out_prompts": 3}

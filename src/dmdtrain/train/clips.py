@@ -235,7 +235,7 @@ def refuse_useless(run: Run, clips: Clips) -> None:
         raise ConfigError(f"{clips.key}: {first.where}: {first.reason}; mend it, or set data.on_bad_video: skip")
     trained, of_training = trains_on(run, clips.key), {sample.data_set for sample in for_training(run, clips)}
     there = {sample.data_set for sample in clips.samples}
-    used = trained or run.config.validation.real_clips > 0  # else for its captions alone
+    used = trained or run.config.validation.real_clips > 0 or not clips.captions  # else for its captions alone
     for number, video_set in enumerate(clips.sets):
         if number not in there and used and (trained or not there):
             why = next((f"; the first: {d.where}: {d.reason}" for d in clips.dropped), "")
