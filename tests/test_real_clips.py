@@ -325,6 +325,11 @@ def test_nothing_is_pruned_while_clips_can_not_be_read(write, made, tmp_path):
     assert len(list(latents.rglob("*.safetensors"))) == 6
     away.rename(mount)
     assert "pruned 0 latent files" in done("prepare", file, "--prune")
+    index = latents.parent / "sources.jsonl"
+    before = sorted(index.read_text().splitlines())
+    shutil.move(clips / "0.mp4", tmp_path)  # nobody knows whether for good
+    assert "pruned 1 latent files" in done("prepare", file, "--prune")
+    assert sorted(index.read_text().splitlines()) == before
 
 
 def test_runs_share_a_cache(write, tmp_path, monkeypatch):

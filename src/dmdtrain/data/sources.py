@@ -83,11 +83,9 @@ class SourceIndex:
             os.close(handle)
 
     def compact(self) -> None:
-        """Rewrites the file with the last line of every source that is still there."""
-        if not self.file.exists():
-            return
-        kept = [source for source in self._known.values() if Path(source.path).exists()]
-        write_text(self.file, "".join(json.dumps(asdict(source)) + "\n" for source in kept))
+        """Rewrites the file with the last line of every source: of what is not there too, which a mount may have."""
+        if self.file.exists():
+            write_text(self.file, "".join(json.dumps(asdict(source)) + "\n" for source in self._known.values()))
 
 
 def inspect(file: Path) -> Source:
