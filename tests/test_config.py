@@ -192,6 +192,7 @@ APART = {
     "train.checkpoints_on": "host",
     "train.checkpoint_replay": False,
     "validation.real_clips": 2,  # beside validation.every: 0
+    "validation.held_out_prompts": 2,
 }
 
 # What has to be set with a key for it to be valid alone.
@@ -232,6 +233,9 @@ MAY_CHANGE = {
     "ema.validate_with",
     "ema.keep_on",
     "data.on_bad_video",
+    "data.prompts",
+    "data.prompt_column",
+    "data.videos",
     "output_dir",
     "log.every",
     "log.tensorboard",
@@ -830,6 +834,9 @@ def test_bad_overrides(refusal, override, says):
         ("train: {max_steps: 0}", "train.seed=3", "run.yaml: train.max_steps: 0: it must"),
         ("train: {max_steps: 9}", "train.max_steps=0", "--set: train.max_steps: 0: it must"),
         ("train: {max_steps: 9}", "a.b.c=1", "--set: a: unknown key"),
+        ("train: {max_steps: 9}", "train={max_stepz: 3}", "--set: train.max_stepz: unknown key"),
+        ("train: {max_stepz: 9}", "data={resolution: 480}", "run.yaml: train.max_stepz: unknown key"),
+        ("data: {videos: [{path: a, wight: 1}]}", "train.seed=3", "run.yaml: data.videos.0.wight: unknown key"),
     ],
 )
 def test_who_made_the_mistake(load_text, text, override, says):

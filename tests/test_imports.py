@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "dmdtrain"
 LAYERS = [
     {"flow", "files", "packing", "prompt_library", "strict_yaml"},
     {"config"},
-    {"dmd", "miniature", "reference", "simpletuner"},
+    {"dmd", "miniature", "reference"},
     {"models", "rollout", "data"},
-    {"export", "pipeline"},
+    {"export", "pipeline", "simpletuner"},
     {"train"},
     {"cli"},
     {"__main__"},

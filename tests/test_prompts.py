@@ -17,7 +17,7 @@ from conftest import done, refused
 from dmdtrain.config import ConfigError
 from dmdtrain.data import prompt_files
 from dmdtrain.data.buckets import OtherItems
-from dmdtrain.data.prompts import EpochSampler, load_prompts, read_prompts
+from dmdtrain.data.prompts import EpochSampler, load_prompts, read_prompts, split
 
 PROMPTS = [
     "a red cat runs",
@@ -66,6 +66,8 @@ def test_every_kind_of_file_gives_the_same_prompts(write, tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     encoded = table.set_column(1, "Caption", table["Caption"].dictionary_encode())
     pyarrow.parquet.write_table(encoded, tmp_path / "encoded.parquet")
+    views = table.set_column(1, "Caption", table["Caption"].cast(pyarrow.string_view()))
+    pyarrow.parquet.write_table(views, tmp_path / "views.parquet")
     files = [
         write("p.txt", "\n".join(PROMPTS)),
         write("noname", "\n".join(PROMPTS) + "\n"),
@@ -78,6 +80,8 @@ def test_every_kind_of_file_gives_the_same_prompts(write, tmp_path):
         write("p.TSV", "id\tCaption\n" + "\n".join(f"{i}\t{quoted(prompt)}" for i, prompt in enumerate(PROMPTS))),
         tmp_path / "p.parquet",
         tmp_path / "encoded.parquet",
+        tmp_path / "views.parquet",
+        write("named.json", json.dumps({"prompts": PROMPTS})),
     ]
     for file in files:
         assert load(file) == WANTED, file.name
@@ -138,6 +142,7 @@ def test_the_column_is_found_or_named(write, tmp_path):
     assert load(table, "text") == ["t"] and load(table, "other") == ["o"]
     assert load(write("t.csv", "id, Text\n1,t\n")) == ["t"]
     assert load(write("only.csv", "description\na cat\n")) == ["a cat"]
+    assert load(write("only.csv", "cats\na cat\n"), "cats") == ["a cat"]
     assert load(write("only.csv", "my words\na cat\n"), "my words") == ["a cat"]
     assert load(write("p.jsonl", '{"a": "x", "b": "y"}'), "b") == ["y"]
     assert load(write("p.json", '[{"a": "x", "b": "y"}]'), "a") == ["x"]
@@ -181,7 +186,15 @@ def test_columns_that_can_not_be_chosen(write, tmp_path):
         ("p.json", "[" * 100_000, "not valid JSON"),
         ("p.json", "5", "it must hold a list of prompts, a list of objects, or an object of names and prompts"),
         ("p.json", '["a cat", 5]', "entry 2 is no text but 5"),
-        ("p.json", '{"prompts": ["a cat"]}', "'prompts' is no text but [\"a cat\"]"),
+        ("p.json", '{"a": ["a cat"], "b": "a dog"}', "'a' is no text but [\"a cat\"]"),
+        ("p.json", '{"a": "a cat", "a": "a dog"}', "not valid JSON: 'a' stands twice"),
+        ("p.jsonl", '{"prompt": "x"}\n{"prompt": "a", "prompt": "b"}', "line 2: not valid JSON: 'prompt' stands twice"),
+        (
+            "p.csv",
+            "cat\ndog\nbird\n",
+            "is its first line, 'cat', a prompt or the name of the column? Put `prompt` above",
+        ),
+        ("p.txt", "\u200b\n\ufeff\n", "no prompts in it"),
         ("p.json", '[{"prompt": "a"}, {"text": "b"}]', "entry 2 has no 'prompt'; it has text"),
         ("p.json", '[{"prompt": ["a"]}]', "entry 1: 'prompt' is no text but [\"a\"]"),
         ("p.jsonl", '"a"\n\n{"x"', "line 3: not valid JSON"),
@@ -318,6 +331,40 @@ def test_edited_prompts_are_told_of_and_not_taken_for_a_damaged_checkpoint(setti
     refused(*resumed, says=["data.prompts: 5 items now, 4 when", "an exact resume needs the same prompts"])
     prompts.write_text(before)
     assert "resumed from" in done(*resumed)
+
+
+def test_held_out_prompts_are_chosen_by_their_content():
+    prompts = [f"prompt {number}" for number in range(100)]
+    trained, kept = split(prompts, 10)
+    assert len(kept) == 10 and trained == [prompt for prompt in prompts if prompt not in kept]
+    assert split(prompts[::-1], 10)[1] == kept
+    assert len(set(kept) & set(split([*prompts, "one", "more"], 10)[1])) >= 8
+    assert split(prompts, 0) == (prompts, [])
+
+
+def test_prompts_are_kept_from_training_and_rendered(settings, tmp_path):
+    """Those of validation.prompts that are trained on are told of."""
+    settings["train"]["max_steps"] = 2
+    file, run = tmp_path / "run.yaml", tmp_path / "run"
+
+    def write(**validation: object) -> Path:
+        values = settings | {"validation": settings["validation"] | {"every": 2, "count": 1} | validation}
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    assert "trained on too" not in done("fit", write(), "--dry-run")
+    said = done("fit", write(prompts=["a dog", "a cat"], count=2), "--dry-run")
+    assert "prompts 4 for training, 2 for validation" in said and "1 of those for validation are trained on too" in said
+    said = done("fit", write(held_out_prompts=2))
+    assert "prompts 2 for training, 3 for validation" in said and "trained on too" not in said
+    _, kept = split(load(tmp_path / "prompts.txt"), 2)
+    assert json.loads((run / "samples" / "step-000002" / "results.json").read_text())["prompts"] == ["a red dog", *kept]
+    refused("fit", write(held_out_prompts=1), "--max-steps", 4, says="validation.held_out_prompts: 2 -> 1")
+    refused("fit", write(held_out_prompts=4), says=["held_out_prompts: 4: none of 4 prompts", "valid are 0 to 3"])
+    refused(
+        "fit", write(held_out_prompts=1, every=0), says="held_out_prompts: 1 needs validation; validation.every is 0"
+    )
+    done("prepare", write(held_out_prompts=2))
 
 
 def test_the_state_of_many_prompts_is_small():

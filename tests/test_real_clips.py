@@ -267,7 +267,7 @@ def test_damage_is_found_and_mended(resolve, write, tmp_path):
     cache.file(first).write_bytes(bytes(data))
     cache.file(second).write_bytes(whole[second][:100])
     with pytest.raises(
-        ConfigError, match=r"damaged \(its checksum differs\); it was removed, the same command encodes it"
+        ConfigError, match=r"damaged \(its checksum differs\); it was removed, .*prepare CONFIG --verify"
     ):
         cache.read([third, first])
     assert verify_videos(run, QUIET)[1] == 1 and set(whole) - set(contents(run)) == {first, second}
@@ -303,6 +303,33 @@ def test_pruning_keeps_what_the_run_uses(resolve):
     with pytest.raises(ConfigError, match=r"data.cache_dir: .* is in use by another process; prune when it has ended"):
         prune_videos(resolve(), {})
     assert contents(resolve()) == whole
+
+
+def test_nothing_is_pruned_while_clips_can_not_be_read(write, made, tmp_path):
+    mount, away, clips = tmp_path / "mount", tmp_path / "away", tmp_path / "clips"
+    shutil.copytree(made, mount)
+    clips.mkdir()
+    for file in mount.iterdir():
+        if file.suffix == ".txt" or file.name in ("0.mp4", "1.mp4"):
+            shutil.copy(file, clips)
+        else:
+            (clips / file.name).symlink_to(file)
+    file = write(videos=str(clips))
+    done("prepare", file)
+    latents = tmp_path / "run" / "cache" / "videos" / "latents"
+    assert len(list(latents.rglob("*.safetensors"))) == 6
+    mount.rename(away)
+    refused(
+        "prepare", file, "--prune", says=["--prune: 4 clips or folders can not be read now", "2.mp4: it can not be"]
+    )
+    assert len(list(latents.rglob("*.safetensors"))) == 6
+    away.rename(mount)
+    assert "pruned 0 latent files" in done("prepare", file, "--prune")
+    index = latents.parent / "sources.jsonl"
+    before = sorted(index.read_text().splitlines())
+    shutil.move(clips / "0.mp4", tmp_path)  # nobody knows whether for good
+    assert "pruned 1 latent files" in done("prepare", file, "--prune")
+    assert sorted(index.read_text().splitlines()) == before
 
 
 def test_runs_share_a_cache(write, tmp_path, monkeypatch):
@@ -467,6 +494,30 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(write, tmp_path, caus
     assert {"real.draws", "real.clips.orders"} <= set(state)
 
 
+def test_a_run_goes_on_when_its_files_are_called_otherwise(write, made, tmp_path):
+    clips = shutil.copytree(made, tmp_path / "clips")
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("a cat\na dog\n")
+    without = {"data.prompts": None}
+    for changes in ({"data.prompts": str(texts)}, without):
+        done("fit", write(changes | {"train.max_steps": 2}, str(clips)))
+        for suffix in (".mp4", ".txt"):
+            (clips / f"0{suffix}").rename(clips / f"9{suffix}")
+        moved = clips.rename(tmp_path / "moved")
+        more = changes | {"train.max_steps": 3}
+        if changes is not without:
+            more["data.prompts"] = str(texts.rename(tmp_path / "other.txt"))
+        assert "resumed" in done("fit", write(more, str(moved)))
+        shutil.rmtree(tmp_path / "run")
+        clips = moved.rename(clips)
+        for suffix in (".mp4", ".txt"):
+            (clips / f"9{suffix}").rename(clips / f"0{suffix}")
+    done("fit", write({"data.prompts": str(tmp_path / "other.txt"), "train.max_steps": 2}, str(clips)))
+    (tmp_path / "other.txt").write_text("a cat\na red dog\n")
+    file = write({"data.prompts": str(tmp_path / "other.txt"), "train.max_steps": 3}, str(clips))
+    refused("fit", file, says=["data.prompts: ", "an exact resume needs the same prompts"])
+
+
 def test_other_clips_can_not_go_on_from_a_checkpoint(write, made, tmp_path):
     clips = shutil.copytree(made, tmp_path / "clips")
     done("fit", write({"train.max_steps": 2}, str(clips)))
@@ -493,7 +544,7 @@ def test_what_does_not_go_together_is_refused(write, made):
         refused("fit", write(changes), says=list(parts))
 
     says({"data.videos": None}, "dmd.real_data_loss_weight: 0.5 needs data.videos")
-    says({"dmd.real_data_loss_weight": 0}, "data.videos: nothing in this run uses them")
+    says({"dmd.real_data_loss_weight": 0}, "data.videos: nothing in this run uses them", "without data.prompts")
     ode = CAUSAL | {"warmup.kind": "ode_regression"}
     says(ode | {"dmd.real_data_loss_weight": 0}, "data.videos: nothing in this run uses them", "teacher_forcing")
     says(ode | {"warmup.data": str(made)}, "warmup.data: ", "holds no trajectories")
@@ -519,6 +570,35 @@ def test_without_prompts_the_captions_are_the_prompts(write, made, tmp_path):
         write({"data.prompts": None, "data.videos": None, "dmd.real_data_loss_weight": 0}),
         says=["data.prompts: not given; valid are a file of prompts, or data.videos"],
     )
+
+
+def test_captions_of_clips_that_are_not_trained_on(write, tmp_path):
+    """The clips serve as prompts alone, or validation as well: the captions of those that it does not keep remain."""
+    alone = {"data.prompts": None, "dmd.real_data_loss_weight": 0.0, "train.max_steps": 2}
+    output = done("fit", write(alone), "--dry-run")
+    assert "prompts 6 for training" in output and "data.videos 6 captions, which serve as prompts" in output
+    done("fit", write(alone))
+    assert not list((tmp_path / "run" / "cache" / "videos").rglob("*.safetensors"))
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "none").mkdir()
+    write_clip(tmp_path / "none" / "a.mp4", 9, caption=None)
+    says = ["data.videos.0: no clip of", "they need a caption", "a.mp4: it has no caption (a.txt)"]
+    refused("fit", write(alone, str(tmp_path / "none")), says=says)
+    kept = alone | {"validation.real_clips": 2, "validation.every": 2}
+    assert "prompts 4 for training" in done("fit", write(kept), "--dry-run")
+    held = kept | {"validation.held_out_prompts": 3}
+    assert "prompts 1 for training" in done("fit", write(held), "--dry-run")
+    output = done("synthesize", write(kept), "--out", str(tmp_path / "made"), "--what", "latents", "--steps", "1")
+    assert "4 latents" in output
+
+
+def test_clips_that_fail_when_they_are_decoded_leave_their_captions(write, made, tmp_path):
+    """A second start leaves them out at once: the prompts must be the same for it."""
+    folder = shutil.copytree(made, tmp_path / "clips")
+    spoil(folder / "0.mp4")
+    file = write({"data.prompts": None, "train.max_steps": 2}, str(folder))
+    assert "1 clips could not be read or decoded" in done("fit", file)
+    assert "resumed" in done("fit", write({"data.prompts": None, "train.max_steps": 3}, str(folder)))
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(write, made, tmp_path):

@@ -99,6 +99,14 @@ def test_the_schema_has_every_key_with_its_description_and_bounds():
         assert all(field["description"] for field in part["properties"].values())
     dmd = whole["$defs"]["Dmd"]["properties"]
     assert {option["type"] for option in dmd["denoising_steps"]["anyOf"]} == {"array", "string"}
+    videos = whole["$defs"]["Data"]["properties"]["videos"]["anyOf"]
+    text, one_set = {"type": "string", "minLength": 1}, {"$ref": "#/$defs/VideoSet"}
+    assert videos == [
+        text,
+        one_set,
+        {"type": "array", "items": {"anyOf": [text, one_set]}, "minItems": 1},
+        {"type": "null"},
+    ]
     assert (dmd["min_timestep_ratio"]["minimum"], dmd["min_timestep_ratio"]["exclusiveMaximum"]) == (0, 1)
     assert whole["$defs"]["Model"]["properties"]["precision"]["enum"] == ["fp32", "bf16", "int8", "int8-llm", "nf4"]
 

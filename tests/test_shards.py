@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.files import FolderLock
 from dmdtrain.models.shards import Shards
 
 
@@ -321,6 +322,20 @@ def test_pruning_is_refused_where_nobody_can_know_who_uses_the_folder(folder, mo
         opened(folder).prune([], 2)
     (folder / ".lock").rmdir()
     assert opened(folder).prune("a", 2)[0] == 3
+
+
+def test_a_lock_that_is_refused_is_still_held_in_common(tmp_path):
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert first.take() and second.take()
+    assert not first.take(alone=True) and not second.take(alone=True)  # the other has it in common, whoever was refused
+    assert not FolderLock(tmp_path).take(alone=True)
+    del second
+    assert first.take(alone=True) and first.take(alone=True)
+    assert not FolderLock(tmp_path).take(alone=True)
+    first.take()
+    assert FolderLock(tmp_path).take() and not FolderLock(tmp_path).take(alone=True)
+    del first
+    assert FolderLock(tmp_path).take(alone=True)
 
 
 # ---------------------------------------------------------------------------------------------------- folders

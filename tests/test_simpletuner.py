@@ -12,9 +12,10 @@ import pytest
 from clip_files import write_clip
 from conftest import done, refused, run_cli
 
-from dmdtrain.config import Config, load
+from dmdtrain.config import Config, ConfigError, load
 from dmdtrain.prompt_library import LIBRARY
 from dmdtrain.simpletuner import tables
+from dmdtrain.simpletuner.importer import import_config
 from dmdtrain.simpletuner.keys import known
 from dmdtrain.simpletuner.translation import LISTS
 
@@ -255,6 +256,23 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         (distil(independent_first_frame=True, num_training_frames=22), "validation.num_frames", 121),
         ({"validation_num_video_frames": 120}, "validation.num_frames", 117),
         (distil(dmd_denoising_steps="1000,666,333"), "dmd.denoising_steps", [1000, 666, 333]),
+        ({"validation_num_video_frames": "120"}, "validation.num_frames", 117),
+        ({"lora_rank": "64", "lora_alpha": None}, "student.alpha", 64),
+        ({"adam_beta1": "0.5"}, "optimizer.betas", (0.5, 0.999)),
+        ({"train_batch_size": "2"}, "train.batch_size", 2),
+        (distil(num_frame_per_block="4", num_training_frames="22"), "rollout.num_training_frames", 20),
+        (
+            {
+                "validation_prompt": ...,
+                "validation_prompts": ["a cat", "", "a dog"],
+                "validation_prompt_library": False,
+            },
+            "validation.prompts",
+            ["a cat", "a dog"],
+        ),
+        ({"validation_prompt": "", "validation_prompt_library": False}, "validation.prompts", None),
+        ({"validation_prompt": "true", "validation_prompt_library": False}, "validation.prompts", ["true"]),
+        ({"output_dir": "2024"}, "output_dir", "2024"),
         (distil(generator_update_interval=4), "dmd.generator_update_interval", 4),
         ({"distillation_config": {"dmd": {"timestep_shift": 7.0}}}, "dmd.timestep_shift", 7.0),
         ({"distillation_config": '{"timestep_shift": 7.0}'}, "dmd.timestep_shift", 7.0),
@@ -284,6 +302,8 @@ def test_values(theirs, changes, ours, value):
         ({"lora_dropout": 0.1}, "lora_dropout = 0.1: adapters have no dropout"),
         ({"crepa_enabled": True}, "crepa_enabled = true: another way to train than DMD"),
         ({"max_train_steps": 0}, "max_train_steps = 0: set train.max_steps"),
+        ({"model_flavour": []}, "model_flavour = []: only text-to-video of Wan 2.1"),
+        ({"validation_prompt": [5]}, "validation_prompt = [5]: it is no prompt and no list of them"),
         ({"learning_rate": -1}, "learning_rate = -1: optimizer.lr: -1: it must be above 0"),
         ({"learning_rate": [1]}, "learning_rate = [1]: optimizer.lr: [1]: input should be a valid number"),
         ({"train_batch_size": True}, "train_batch_size = true: train.batch_size: true: it must not be true or false"),
@@ -312,6 +332,11 @@ def test_what_is_refused_is_told_and_left_out(theirs, tmp_path, changes, says):
     [
         ({"model_family": "flux"}, 'model_family: "flux": dmdtrain only does wan'),
         ({"distillation_method": "dcm"}, 'distillation_method: "dcm": dmdtrain only does dmd'),
+        ({"pretrained_model_name_or_path": None}, "pretrained_model_name_or_path: it must name the model"),
+        (
+            {"pretrained_model_name_or_path": ..., "model_flavour": []},
+            "pretrained_model_name_or_path: it must name the",
+        ),
         ({"distillation_method": ...}, "distillation_method: null: dmdtrain only does dmd"),
         ({"pretrained_model_name_or_path": ...}, "pretrained_model_name_or_path: it must name the model"),
         ({"distillation_config": "x.json"}, "distillation_config"),
@@ -381,6 +406,7 @@ BACKENDS = [
 def clips(tmp_path) -> Path:
     folder = tmp_path / "clips"
     (folder / "more").mkdir(parents=True)
+    (folder / "phone.m4v").write_bytes(b"")
     for name, caption in {"a_red__cat": "a red cat\n\na cat\n", "more/dog": "  a   dog \n", "no_caption": None}.items():
         (folder / f"{name}.mp4").write_bytes(b"")
         if caption:
@@ -394,7 +420,7 @@ def clips(tmp_path) -> Path:
     [
         ({}, ["a red cat", "a cat", "a dog"]),
         ({"disable_multiline_split": True}, ["a red cat a cat", "a dog"]),
-        ({"caption_strategy": "filename"}, ["a red cat", "dog", "no caption"]),
+        ({"caption_strategy": "filename"}, ["a red cat", "dog", "no caption", "phone"]),
         ({"caption_strategy": "instanceprompt", "instance_prompt": "a wug"}, ["a wug"]),
     ],
 )
@@ -500,6 +526,80 @@ def test_datasets_that_can_not_be_taken(theirs, clips, changes, says):
 def test_the_dataset_says_the_resolution(theirs, clips, changes, wanted):
     _, config = theirs.imported(dataset=[BACKENDS[0] | changes])
     assert config.data.resolution == wanted
+
+
+def test_what_is_one_for_all_datasets_is_told_in_each_ones_row(theirs, clips):
+    first = BACKENDS[0] | {"id": "a", "crop_style": "center", "minimum_image_size": 64}
+    second = BACKENDS[0] | {
+        "id": "b", "crop": True, "crop_style": "random", "minimum_image_size": 256, "resolution": 720, "resolution_type": "pixel"
+    }  # fmt: skip
+    lists, config = theirs.imported({"resolution": 512, "minimum_image_size": 32}, dataset=[first, second], code=1)
+    told = "one value for all sets: data."
+    assert lists["refused"] == [
+        f"dataset b.resolution = 720 (pixel): {told}resolution = 480 of dataset a is used",
+        f"dataset b.crop = true: {told}buckets = true of dataset a is used",
+        f"dataset b.minimum_image_size = 256: {told}minimum_size = 64 of dataset a is used",
+        f'dataset b.crop_style = "random": {told}crop = "center" of dataset a is used',
+    ]
+    assert (config.data.resolution, config.data.buckets, config.data.minimum_size) == (480, True, 64)
+    rows = [row for rows in lists.values() for row in rows]
+    assert "resolution = 512 (pixel_area): dataset a says it" in lists["has no meaning here"]
+    assert "minimum_image_size = 32: dataset a says it" in lists["has no meaning here"]
+    for name in (
+        "resolution",
+        *(f"dataset {i}.{key}" for i in "ab" for key in ("resolution", "crop", "minimum_image_size")),
+    ):
+        assert sum(row.startswith(f"{name} ") for row in rows) == 1, name
+    third = {key: value for key, value in first.items() if not key.startswith("resolution")} | {"id": "c"}
+    lists, _ = theirs.imported({"resolution": 512}, dataset=[first, third], code=1)
+    assert lists["refused"] == [f"resolution = 512 (pixel_area): {told}resolution = 480 of dataset a is used"]
+
+
+AREA = 'resolution_type = "pixel_area"'
+OF_512 = {"resolution": "512", "resolution_type": "pixel_area"}
+PIXEL = {"resolution": ..., "resolution_type": "pixel"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "dataset", "row", "wanted"),
+    [
+        ({"resolution": ...}, {"resolution": ...}, f"{AREA}: of a resolution, which is not", "832x480"),
+        ({"resolution": ...}, {}, f"{AREA}: of the datasets' resolutions", 480),
+        ({}, {"resolution": None}, "dataset clips.resolution = null: not set", 480),
+        ({}, PIXEL, 'resolution_type = "pixel" (of resolution = 480) -> data', "848x480"),
+        ({"resolution": ...}, {"resolution": ...}, f"dataset clips.{AREA}: of a resolution", "832x480"),
+        (OF_512, {"resolution": ..., "resolution_type": ...}, "resolution = 512 (pixel_area) ->", 512),
+    ],
+)
+def test_a_resolution_or_its_type_alone(theirs, clips, changes, dataset, row, wanted):
+    values = {key: value for key, value in (BACKENDS[0] | dataset).items() if value is not ...}
+    lists, config = theirs.imported(changes, dataset=[values])
+    assert any(row in found for rows in lists.values() for found in rows), lists
+    assert config.data.resolution == wanted and lists["refused"] == []
+
+
+ODD = ([], "4", {"a": 1})
+
+
+def test_every_key_with_any_value_is_translated_or_refused(theirs, clips, tmp_path):
+    """Of other types than it has, and text that is not what it should be."""
+    inner = QUICKSTART["distillation_config"]
+    cases = [
+        (QUICKSTART | {key: value}, BACKENDS) for key in [*QUICKSTART, "model_flavour", "lora_dropout"] for value in ODD
+    ]
+    cases += [(QUICKSTART | distil(**{key: value}), BACKENDS) for key in inner for value in ODD]
+    cases += [
+        (QUICKSTART, [BACKENDS[0] | {key: value}]) for key in [*BACKENDS[0], "video", "crop_style"] for value in ODD
+    ]
+    for number, (values, dataset) in enumerate(cases):
+        theirs.write(values, dataset)
+        out = tmp_path / f"{number}.yaml"
+        try:
+            import_config(tmp_path / "config" / "config.json", None, out, causal=number % 5 > 0)
+        except ConfigError:
+            assert not out.exists()
+        else:
+            load(out)
 
 
 def test_a_disabled_dataset_is_left(theirs, clips, tmp_path):

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -150,6 +152,61 @@ LINES = {
 }
 
 
+def test_a_bad_line_of_a_table_is_left_out_alone(clips):
+    head, long = b"\xef\xbb\xbfID, File_Name ,Text\n", b"word " * 30_000
+    rows = [
+        b"1,good.mp4,x\n",
+        b'2,a.mp4,"a" b"\n',
+        b"3,b.mp4,un \xe9t\xe9\n",
+        b"4,c.mp4," + long + b"\n",
+        b"5,d.mp4,y\n",
+    ]
+    (clips / "metadata.csv").write_bytes(head + b"".join(rows) + b'6,e.mp4,"open\n')
+    found, dropped = listed(clips)
+    assert found == {"good.mp4": "x", "d.mp4": "y"}
+    assert list(dropped.values()) == [
+        "it can not be read: ',' expected after '\"'",
+        "its caption is no UTF-8 text",
+        "its caption has 150000 bytes; at most 100000 are read",
+        "it can not be read: unexpected end of data",
+    ]
+    (clips / "metadata.csv").unlink()
+    lines = [b'{"File_Name": "good.mp4", "Caption": "x"}', b'{"file_name": "b.mp4", "text": "\xe9"}']
+    long_one = json.dumps({"file_name": "c.mp4", "text": long.decode()}).encode()
+    (clips / "metadata.jsonl").write_bytes(b"\n".join([*lines, long_one]))
+    found, dropped = listed(clips)
+    assert found == {"good.mp4": "x"}
+    assert list(dropped.values()) == ["it is no UTF-8 text", "its caption has 150000 bytes; at most 100000 are read"]
+
+
+def test_captions_are_cleaned_as_prompts_are(good, clips):
+    put(good, clips, "a", "a\x1b[31m red\x07 cat")
+    put(good, clips, "b", "\u200b\u200d \ufeff")
+    put(good, clips, "c", "\u202b雪\u200d狐\u202c")
+    found, dropped = listed(clips)
+    assert found == {"a.mp4": "a [31m red cat", "c.mp4": "\u202b雪\u200d狐\u202c"}
+    assert list(dropped.values()) == ["its caption is empty"]
+
+
+def test_the_layout_of_the_hub(good, clips, tmp_path):
+    """Metadata in folders below, each of its own; captions beside the clips of the others; parquet as well."""
+    put(good, clips / "train" / "deep", "a", None)
+    (clips / "train" / "metadata.jsonl").write_text('{"file_name": "deep/a.mp4", "text": "of train"}')
+    put(good, clips / "train" / "deep", "unlisted", "x")
+    table = pyarrow.table({"file_name": ["b.mp4", "c.mp4"], "caption": ["of test", None], "extra": [1, 2]})
+    (clips / "test").mkdir()
+    pyarrow.parquet.write_table(table, clips / "test" / "metadata.parquet")
+    put(good, clips / "others", "d", "beside")
+    found, dropped = listed(clips)
+    assert found == {"a.mp4": "of train", "b.mp4": "of test", "d.mp4": "beside"}
+    assert list(dropped.values()) == ["it has no caption"]
+    pairs, _ = list_clips(VideoSet(path=str(clips)), "data.videos.0")
+    assert clips / "train" / "deep" / "a.mp4" in [clip.file for clip in pairs]
+    assert listed(clips / "test" / "metadata.parquet")[0] == {"b.mp4": "of test"}
+    (clips / "train" / "captions.JSONL").write_text('{"file_name": "deep/a.mp4", "text": "of another name"}')
+    assert listed(clips / "train" / "captions.JSONL")[0] == {"a.mp4": "of another name"}
+
+
 def test_csv_lines_of_the_wrong_length(clips):
     (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\n")
     found, dropped = listed(clips)
@@ -160,8 +217,10 @@ def test_csv_lines_of_the_wrong_length(clips):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("metadata.jsonl", b"\xff\xfe\x00", "can not be read"),
-        ("metadata.csv", b'file_name,text\na.mp4,"' + b"x" * 200_000, "can not be read"),
+        ("metadata.jsonl", b"\xff\xfe\x00", "can not be read: it is UTF-16; save it as UTF-8"),
+        ("metadata.csv", "file_name,text\n".encode("utf-16"), "can not be read: it is UTF-16; save it as UTF-8"),
+        ("metadata.csv", b'file_name,"te', "can not be read: unexpected end of data"),
+        ("metadata.parquet", b"no parquet", "can not be read: not valid parquet"),
         ("metadata.jsonl", b"", "has no column file_name; its columns: none"),
         ("metadata.csv", b"", "has no column file_name; its columns: none"),
         ("metadata.csv", b"path,text\na.mp4,x\n", "has no column file_name; its columns: path, text"),
@@ -186,11 +245,11 @@ def test_data_sets_that_are_none(good, clips, tmp_path):
     assert "no such folder; valid are" in says(tmp_path / "none")
     assert "holds no clips; valid are" in says(clips)
     put(good, clips)
-    assert "no such folder; valid are" in says(clips / "good.mp4")
+    assert "it is a file; valid are" in says(clips / "good.mp4")
     assert says(clips, caption_column="x").startswith("data.videos.0.caption_column: x: ")
     for name in ("metadata.csv", "metadata.jsonl"):
         (clips / name).write_text("")
-    assert "holds metadata.jsonl and metadata.csv; name the one that counts" in says(clips)
+    assert "holds metadata.csv and metadata.jsonl; name the one that counts" in says(clips)
 
 
 # ---------------------------------------------------------------------------------------------------- bad clips
@@ -611,6 +670,27 @@ def test_a_file_is_opened_once_until_it_changes(resolve, good, clips, monkeypatc
     index.write_bytes(b"".join(lines[:-1]) + b"[1]\nnot json\n" + lines[-1][:20])  # a kill in mid-line, and worse
     assert len(scan(run, QUIET)["data.videos"].samples) == 3 and opened[4:] == ["c.mp4"]
     assert len(scan(run, QUIET)["data.videos"].samples) == 3 and len(opened) == 5
+
+
+def test_lines_of_the_index_that_are_no_sources_are_read_again(resolve, good, clips):
+    put(good, clips)
+    run = resolve()
+    assert len(scan(run, QUIET)["data.videos"].samples) == 1
+    index = run.output_dir / "cache" / "videos" / "sources.jsonl"
+    line = json.loads(index.read_text())
+    for wrong in ({"header": [48, 32]}, {"header": ["a", 1, 2, 3]}, {"header": 5}, {"sha256": 5}, {"failed": [1]}):
+        index.write_text(json.dumps(line | wrong) + "\n")
+        assert len(scan(run, QUIET)["data.videos"].samples) == 1
+
+
+def test_warnings_are_as_before_after_images_are_read_in_threads(resolve, clips, monkeypatch):
+    monkeypatch.setattr(run_clips, "READERS", 8)
+    for number in range(40):
+        Image.new("RGB", (300 + number, 300), (number, 0, 0)).save(clips / f"{number}.png")
+        (clips / f"{number}.txt").write_text("a cat")
+    before = list(warnings.filters)
+    assert len(scan(resolve({"rollout.num_training_frames": 1}), QUIET)["data.videos"].samples) == 40
+    assert list(warnings.filters) == before
 
 
 # ---------------------------------------------------------------------------------------------------- buckets

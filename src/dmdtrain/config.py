@@ -445,8 +445,9 @@ class VideoSet(Group):
     """Captioned clips."""
 
     path: PathText
-    """Folder with `clip.mp4` and `clip.txt` at any depth; or with `metadata.jsonl` or `metadata.csv` (file_name and a caption
-    column), or that file itself. Images are videos of one frame, for runs that need no more."""
+    """Folder with `clip.mp4` and `clip.txt` at any depth; or with `metadata.jsonl`, `.csv` or `.parquet` (file_name and a
+    caption column) in it or in folders below; or such a file itself. Images are videos of one frame, for runs that need no
+    more; what is transparent in them is white."""
     weight: Positive | None = None
     """Share of the draws relative to the other sets' weights, whatever their sizes. None (in all sets): in proportion to
     clips times repeats."""
@@ -470,8 +471,8 @@ class Data(Group):
     """.txt (one a line), .jsonl, .json, .csv, .tsv or .parquet; `wan-tiny`: the miniature's training captions. Blank lines and
     duplicates are left out. None: the captions of `videos`, or on the miniature, without videos, its own."""
     prompt_column: str | None = None
-    """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one, or the one called
-    prompt, caption or text."""
+    """Column of the prompts, here and in validation.prompts, where they are a table. None: the only one (which in a .csv must
+    be called so, or description), or the one called prompt, caption or text."""
     cache_dir: PathText | None = None
     """Folder of text embeddings and latents of clips, which runs may share. None: output_dir/cache."""
     cache_compress: bool = False
@@ -486,9 +487,19 @@ class Data(Group):
     """width:height, where `resolution` is a number."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = 512
     """Text tokens, zero-padded. `WanPipeline` uses 512 unless told otherwise."""
-    videos: Annotated[Annotated[list[VideoSet], Field(min_length=1)] | None, BeforeValidator(_one_set)] = None
-    """Data sets of real clips, for the warm-up, dmd.real_data_loss_weight and validation.real_clips: a path, or a list of
-    `path`, `weight`, `repeats`, `caption_column`. Each clip gives its first frames, as many as a training video has."""
+    videos: Annotated[
+        Annotated[list[VideoSet], Field(min_length=1)] | None,
+        BeforeValidator(
+            _one_set,
+            json_schema_input_type=PathText
+            | VideoSet
+            | Annotated[list[PathText | VideoSet], Field(min_length=1)]
+            | None,
+        ),
+    ] = None
+    """Data sets of real clips, for the warm-up, dmd.real_data_loss_weight and validation.real_clips, and without `prompts` for
+    their captions: a path, or a list of paths or of `path`, `weight`, `repeats`, `caption_column`. Each clip gives its first
+    frames, as many as a training video has."""
     fps: Positive | None = None
     """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. None: every frame as it comes."""
     frame_interval: Count = 1
@@ -628,6 +639,9 @@ class Validation(Group):
     miniature's held-out captions. None: `wan-tiny` where that is model.base, else `library`."""
     count: Count = 8
     """At most so many of them."""
+    held_out_prompts: CountOrZero = 0
+    """So many of the training prompts are kept from training, and fit renders them after those of `prompts`: chosen by their
+    content, so that their order does not matter and prompts that are added replace few of them."""
     num_frames: Annotated[int, Field(le=MOST)] = 81
     """Video frames, 1 + 4k."""
     resolution: int | str = "832x480"
@@ -803,13 +817,18 @@ class Config(Group):
             raise ValueError(
                 f"validation.real_clips: {self.validation.real_clips} needs validation; validation.every is 0"
             )
+        if self.validation.held_out_prompts and not self.validation.every:
+            raise ValueError(
+                f"validation.held_out_prompts: {self.validation.held_out_prompts} needs validation; validation.every is 0"
+            )
         warms_up = self.warmup.kind == "teacher_forcing" and self.warmup.data is None
         if self.data.videos is not None and not (
-            warms_up or self.dmd.real_data_loss_weight or self.validation.real_clips
+            warms_up or self.dmd.real_data_loss_weight or self.validation.real_clips or self.data.prompts is None
         ):
             raise ValueError(
                 "data.videos: nothing in this run uses them; they are for warmup.kind teacher_forcing without warmup.data, "
-                "for dmd.real_data_loss_weight above 0 and for validation.real_clips above 0"
+                "for dmd.real_data_loss_weight above 0, for validation.real_clips above 0, and for their captions without "
+                "data.prompts"
             )
         check_blocks(self.rollout, self.validation.num_frames, "validation.num_frames")
         if self.model.teacher is None and self.model.teacher_precision is not None:
@@ -846,6 +865,10 @@ RESUMABLE = (
     "ema.validate_with",
     "ema.keep_on",
     "data.on_bad_video",
+    # Where prompts and clips lie: that they are the same is held by their content.
+    "data.prompts",
+    "data.prompt_column",
+    "data.videos",
     # Where things are kept and how they are computed, in other roundings at most.
     "model.attention",
     "data.cache_dir",
@@ -862,7 +885,7 @@ RESUMABLE = (
     "output_dir",
 )
 
-TRAINS = ("validation.real_clips",)  # are kept from training
+TRAINS = ("validation.real_clips", "validation.held_out_prompts")  # are kept from training
 SPLIT = ("train.batch_size", "train.gradient_accumulation")  # may change where their product does not
 
 
@@ -942,7 +965,9 @@ def build(values: dict[str, Any], source: str = "config", overrides: Sequence[st
         others = len({tuple(_where(error)) for error in errors}) - 1
         more = f" ({others} more)" if others else ""
         said = _describe(errors[0])
-        if any(f"{_key_of(override)}.".startswith(f"{said.partition(':')[0]}.") for override in overrides):
+        key = f"{said.partition(':')[0]}."
+        given = [f"{_key_of(override)}." for override in overrides]
+        if any(each.startswith(key) or key.startswith(each) for each in given):
             source = "--set"
         raise ConfigError(f"{source}: {said}{more}") from None
 

@@ -33,6 +33,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.file, self.problem = folder / ".lock", ""
         self._handle: IO[str] | None = None
+        self._gate: int | None = None  # the folder itself, locked by whoever has the lock alone or tries to
 
     @property
     def held(self) -> bool:
@@ -44,7 +45,11 @@ class FolderLock:
         try:
             if self._handle is None:
                 self._handle = self.file.open("a")
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+            if alone:
+                self._take_alone(self._handle)
+            else:
+                fcntl.flock(self._handle, fcntl.LOCK_SH)
+                self._close_gate()
         except FileNotFoundError:
             return True
         except BlockingIOError:
@@ -54,6 +59,38 @@ class FolderLock:
             self.problem = f"can not be locked ({error.strerror}), so others may be using it; prune where it can"
             return not alone
         return True
+
+    def _take_alone(self, handle: IO[str]) -> None:
+        """BlockingIOError where it is refused. The system then lets go of what was held in common, for a moment: the gate keeps
+        others from having it alone in the meantime."""
+        self._open_gate()
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            self._close_gate()
+            raise
+
+    def _open_gate(self) -> None:
+        """BlockingIOError where another has it; nothing on a file system without locks of folders."""
+        if self._gate is not None:
+            return
+        try:
+            self._gate = os.open(self.file.parent, os.O_RDONLY)
+            fcntl.flock(self._gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._close_gate()
+            if isinstance(error, BlockingIOError):
+                raise
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            os.close(self._gate)
+            self._gate = None
+
+    def __del__(self) -> None:
+        self._close_gate()
 
 
 @contextmanager

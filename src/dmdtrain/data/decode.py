@@ -19,23 +19,21 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dmdtrain.data.videos import IMAGES, shown
+from dmdtrain.data.videos import IMAGES, Unreadable, shown
 
 LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
 NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the memory first
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
-FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg"
+FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf"
+# The same for images: others of Pillow's readers start programs (EPS) or are not what such names promise.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_errors": "replace"}
 # What Pillow's readers raise of broken files, besides its own errors.
 BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, struct.error, zlib.error)
 SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
 HD = 720  # lines from which video that does not say so is BT.709
-
-
-class Unreadable(ValueError):
-    """A file that could not be read this time, whatever is in it."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def read_clip(
     """
     if file.suffix.lower() in IMAGES:
         with _image(file) as image:
-            pixels = np.array(image.convert("RGB"))
+            pixels = _rgb(image)
         video = _fitted(pixels, pixels.shape[1] / pixels.shape[0], height, width, crop, place)[:, None]
         check_length(Header(width, height, 1, 0.0), num_frames, fps, image=True)
         return video
@@ -268,14 +266,34 @@ def _check_size(width: int, height: int) -> None:
 
 
 @contextmanager
+def quiet_images() -> Iterator[None]:
+    """Keeps Pillow from warning of odd images. Around threads, not in them: filters are the whole process's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3]: grey of 16 bits scaled to 8, what is transparent on white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float32) / 257
+        return np.repeat(grey.round().clip(0, 255).astype(np.uint8)[..., None], 3, -1)
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return np.array(image.convert("RGB"))
+
+
+@contextmanager
 def _image(file: Path) -> Iterator[Image.Image]:
     """An upright image; whatever is wrong with it as ValueError."""
-    with _opened(file) as handle, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _opened(file) as handle:
         try:
-            with Image.open(handle) as image:
+            with Image.open(handle, formats=IMAGE_FORMATS) as image:
                 _check_size(*image.size)
                 yield ImageOps.exif_transpose(image)
+        except UnidentifiedImageError:
+            raise ValueError(f"it can not be decoded: it is broken, or none of {', '.join(IMAGE_FORMATS)}") from None
         except Image.DecompressionBombError:
             raise ValueError(f"it has more than {LARGEST_FRAME} pixels") from None
         except OSError as error:

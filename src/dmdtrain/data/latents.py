@@ -139,7 +139,10 @@ class LatentCache:
         for name in names:
             if problem := self.check(name, found):
                 self.remove(name)
-                raise ConfigError(f"{self.file(name)}: {problem}; it was removed, the same command encodes it again")
+                raise ConfigError(
+                    f"{self.file(name)}: {problem}; it was removed, and the same command encodes it again; `dmdtrain "
+                    "prepare CONFIG --verify` finds and remakes all that are damaged"
+                )
         return torch.stack(found).float()
 
     def check(self, name: str, found: list[torch.Tensor] | None = None) -> str | None:

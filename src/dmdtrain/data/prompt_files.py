@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from dmdtrain.config import ConfigError
 MAX_BYTES = 2 << 30
 MAX_CHARACTERS = 100_000
 COLUMNS = ("prompt", "caption", "text")  # by which a table's prompts are found, in this order
+# What the only column of a .csv may be called: any other first line could be a prompt.
+LONE = (*COLUMNS, "prompts", "captions", "texts", "description", "descriptions")
 KINDS = ".txt, .jsonl, .json, .csv, .tsv, .parquet"
 # C0, C1 and halves of surrogate pairs. Right-to-left marks and joiners are no control characters and stay.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    """On one line, with single spaces and without control characters."""
-    return " ".join(CONTROL.sub(" ", text).split())
+    """On one line, with single spaces and without control characters; empty where nothing of it can be seen."""
+    words = " ".join(CONTROL.sub(" ", text).split())
+    return words if any(letter != " " and letter.isprintable() for letter in words) else ""
 
 
 def read_file(path: Path, column: str | None) -> list[str]:
@@ -36,7 +40,9 @@ def read_file(path: Path, column: str | None) -> list[str]:
     """
     try:
         if path.is_dir():
-            raise ConfigError(f"{path}: it is a folder; valid is a file: {KINDS}, or wan-tiny")
+            raise ConfigError(
+                f"{path}: it is a folder; valid is a file: {KINDS}, or wan-tiny; clips are for data.videos"
+            )
         if not path.exists():
             raise ConfigError(f"{path}: no such file; valid are {KINDS}, or wan-tiny")
         reader = READERS.get(path.suffix.lower())
@@ -93,6 +99,8 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
 
 def _json(path: Path, column: str | None) -> Iterator[str]:
     values = _parse(_text(path), "")
+    if isinstance(values, dict) and len(values) == 1 and isinstance(lone := next(iter(values.values())), list):
+        values = lone  # {"prompts": [...]}
     if isinstance(values, dict):
         for name, value in values.items():
             yield _from_json(value, None, f"{name!r}")
@@ -107,11 +115,19 @@ def _json(path: Path, column: str | None) -> Iterator[str]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         raise ValueError(f"{where}not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{where}not valid JSON: it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
 
 
 def _from_json(row: Any, column: str | None, where: str) -> str:
@@ -127,9 +143,23 @@ def _from_json(row: Any, column: str | None, where: str) -> str:
     return value
 
 
-def _table(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
-    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+@contextmanager
+def long_fields() -> Iterator[None]:
+    """Fields of any length in tables."""
     before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _table(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
+    with long_fields():
+        yield from _table_rows(path, column, delimiter)
+
+
+def _table_rows(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
+    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next((row for row in rows if row), [])]
         if not names:
@@ -138,6 +168,11 @@ def _table(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
             raise ValueError(
                 f"its first line must name the columns, with {'commas' if delimiter == ',' else 'tabs'} between them; "
                 f"it is {_shortened(names[0])!r}"
+            )
+        if len(names) == 1 and column is None and names[0].lower() not in LONE:
+            raise ValueError(
+                f"is its first line, {_shortened(names[0])!r}, a prompt or the name of the column? Put `prompt` above it, or "
+                "name the column in data.prompt_column"
             )
         index = names.index(_choose(names, column))
         for row in rows:
@@ -149,11 +184,11 @@ def _table(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
             yield row[index] if row else ""
     except csv.Error as error:
         raise ValueError(f"line {rows.line_num}: {error}") from None
-    finally:
-        csv.field_size_limit(before)
 
 
-def _parquet(path: Path, column: str | None) -> Iterator[str]:
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile; ValueError where it is none."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -161,15 +196,20 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         raise ConfigError(f"{path}: .parquet needs pyarrow: pip install 'dmdtrain[parquet]'") from None
     try:
         with parquet.ParquetFile(path) as file:
-            chosen = _choose(file.schema_arrow.names, column)
-            kind = file.schema_arrow.field(chosen).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not pyarrow.types.is_string(kind) and not pyarrow.types.is_large_string(kind):
-                raise ValueError(f"column {chosen!r} is no text but {kind}")
-            for batch in file.iter_batches(columns=[chosen]):
-                yield from (value or "" for value in batch.column(0).to_pylist())
+            yield file
     except pyarrow.ArrowException as error:
         raise ValueError(f"not valid parquet: {str(error).splitlines()[0]}") from None
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[str]:
+    with open_parquet(path) as file:
+        chosen = _choose(file.schema_arrow.names, column)
+        kind = file.schema_arrow.field(chosen).type
+        kind = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise ValueError(f"column {chosen!r} is no text but {kind}")
+        for batch in file.iter_batches(columns=[chosen]):
+            yield from (value or "" for value in batch.column(0).to_pylist())
 
 
 def _choose(names: list[str], column: str | None) -> str:

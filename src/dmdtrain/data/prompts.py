@@ -66,6 +66,13 @@ def load_prompts(source: str | list[str], key: str, *, held_out: bool, column: s
     return read_prompts(source, key, held_out=held_out, column=column).texts
 
 
+def split(prompts: list[str], held_out: int) -> tuple[list[str], list[str]]:
+    """Prompts without so many that their content chooses, whatever their order, and those."""
+    kept = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:held_out]
+    without = set(kept)
+    return [prompt for prompt in prompts if prompt not in without], kept
+
+
 T = TypeVar("T")
 
 

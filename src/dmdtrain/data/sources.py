@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dmdtrain.config import unwritable
-from dmdtrain.data.decode import Header, Unreadable, read_header
+from dmdtrain.data.decode import Header, read_header
+from dmdtrain.data.videos import Unreadable
 from dmdtrain.files import write_text
 
 
@@ -29,6 +30,14 @@ class Source:
     bad: str | None = None  # why the file can not be used at all
     failed: dict[str, str] = field(default_factory=dict)  # how it was to be read -> why that did not work
 
+    def check(self) -> None:
+        """TypeError or ValueError unless it is as it was written."""
+        if self.header is not None:
+            width, height, frames, seconds = self.header
+            Header(int(width), int(height), int(frames), seconds if seconds is None else float(seconds))
+        if not isinstance(self.path + self.sha256 + (self.bad or ""), str) or not isinstance(self.failed, dict):
+            raise TypeError
+
 
 class SourceIndex:
     """The sources that a file lists, by their absolute paths."""
@@ -40,6 +49,7 @@ class SourceIndex:
             for line in file.read_bytes().splitlines():
                 try:
                     source = Source(**json.loads(line))
+                    source.check()
                     self._known[source.path] = source
                 except (ValueError, TypeError, AttributeError):
                     continue
@@ -73,11 +83,9 @@ class SourceIndex:
             os.close(handle)
 
     def compact(self) -> None:
-        """Rewrites the file with the last line of every source that is still there."""
-        if not self.file.exists():
-            return
-        kept = [source for source in self._known.values() if Path(source.path).exists()]
-        write_text(self.file, "".join(json.dumps(asdict(source)) + "\n" for source in kept))
+        """Rewrites the file with the last line of every source: of what is not there too, which a mount may have."""
+        if self.file.exists():
+            write_text(self.file, "".join(json.dumps(asdict(source)) + "\n" for source in self._known.values()))
 
 
 def inspect(file: Path) -> Source:

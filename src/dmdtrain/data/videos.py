@@ -1,7 +1,8 @@
 """Data sets of captioned clips: what is in a folder, before any clip is opened.
 
 clips/a.mp4  clips/a.txt  clips/deeper/b.webm  clips/deeper/b.txt       each clip's caption beside it
-clips/metadata.jsonl (or .csv)  clips/a.mp4                             file_name and a caption column, a clip a line
+clips/metadata.jsonl (or .csv, .parquet)  clips/a.mp4                   file_name and a caption column, a clip a line
+clips/train/metadata.jsonl  clips/train/a.mp4                           the same in folders below, as the hub's VideoFolder
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dmdtrain.config import ConfigError, VideoSet
+from dmdtrain.data.prompt_files import clean, long_fields, open_parquet
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", *IMAGES)
-METADATA = ("metadata.jsonl", "metadata.csv")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
+SUFFIXES = (*VIDEOS, *IMAGES)
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 LONGEST_CAPTION = 100_000  # bytes; a longer one is no caption
 
@@ -29,12 +33,21 @@ class Clip:
     caption: str
 
 
+class Unreadable(ValueError):
+    """A file that could not be read this time, whatever is in it."""
+
+
 @dataclass(frozen=True)
 class Dropped:
-    """What can not be used, and why."""
+    """What can not be used, and why; `unread`: it could not be read this time, and nobody knows."""
 
     where: str
     reason: str
+    unread: bool = False
+
+    @classmethod
+    def of(cls, where: object, error: ValueError) -> Dropped:
+        return cls(shown(where), str(error), isinstance(error, Unreadable))
 
 
 def shown(path: object) -> str:
@@ -49,22 +62,21 @@ def list_clips(video_set: VideoSet, key: str) -> tuple[list[Clip], list[Dropped]
         ConfigError: naming `key`: there is no such data set, or its metadata can not be read.
     """
     path = Path(video_set.path).expanduser()
-    if path.name in METADATA and path.is_file():
+    if path.is_file() and path.suffix.lower() in (Path(name).suffix for name in METADATA):
         return _listed(path, video_set, key)
     if not path.is_dir():
+        what = "it is a file" if path.is_file() else "no such folder"
         raise ConfigError(
-            f"{key}: {shown(path)}: no such folder; valid are a folder of clips with captions, or {' or '.join(METADATA)} in one"
+            f"{key}: {shown(path)}: {what}; valid are a folder of clips with captions, or a file as {' or '.join(METADATA)}"
         )
-    metadata = [path / name for name in METADATA if (path / name).is_file()]
-    if len(metadata) > 1:
-        raise ConfigError(f"{key}: {shown(path)} holds {' and '.join(METADATA)}; name the one that counts as the path")
-    if metadata:
-        return _listed(metadata[0], video_set, key)
-    if video_set.caption_column is not None:
+    clips, dropped, listed = _below(path, video_set, key)
+    if video_set.caption_column is not None and not listed:
         raise ConfigError(
             f"{key}.caption_column: {video_set.caption_column}: {shown(path)} holds neither {' nor '.join(METADATA)}"
         )
-    return _beside(path, key)
+    if not clips and not dropped:
+        raise ConfigError(f"{key}: {shown(path)} holds no clips; valid are files such as clip.mp4 with clip.txt")
+    return clips, dropped
 
 
 def _walk(folder: Path, dropped: list[Dropped]) -> Iterator[Path]:
@@ -72,7 +84,7 @@ def _walk(folder: Path, dropped: list[Dropped]) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
-        dropped.append(Dropped(shown(error.filename), f"the folder can not be read: {error.strerror}"))
+        dropped.append(Dropped(shown(error.filename), f"the folder can not be read: {error.strerror}", unread=True))
 
     for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         place = os.stat(parent)
@@ -84,19 +96,35 @@ def _walk(folder: Path, dropped: list[Dropped]) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _beside(folder: Path, key: str) -> tuple[list[Clip], list[Dropped]]:
+def _below(folder: Path, video_set: VideoSet, key: str) -> tuple[list[Clip], list[Dropped], set[Path]]:
+    """Clips with captions beside them; below a folder with a metadata file, those that it lists. And the folders with one."""
     clips: list[Clip] = []
     dropped: list[Dropped] = []
-    for file in _walk(folder, dropped):
+    listed: set[Path] = set()
+    for parent, files in groupby(_walk(folder, dropped), lambda file: file.parent):
+        there = list(files)
+        metadata = [file for file in there if file.name in METADATA]
+        if len(metadata) > 1:
+            names = " and ".join(file.name for file in metadata)
+            raise ConfigError(f"{key}: {shown(parent)} holds {names}; name the one that counts as the path")
+        if metadata:
+            listed.add(parent)
+            found, lost = _listed(metadata[0], video_set, key)
+            clips += found
+            dropped += lost
+        elif listed.isdisjoint((parent, *parent.parents)):
+            _beside(there, clips, dropped)
+    return clips, dropped, listed
+
+
+def _beside(files: list[Path], clips: list[Clip], dropped: list[Dropped]) -> None:
+    for file in files:
         if file.suffix.lower() not in SUFFIXES:
             continue
         try:
             clips.append(Clip(file, read_caption(file.with_suffix(".txt"))))
         except ValueError as error:
-            dropped.append(Dropped(shown(file), str(error)))
-    if not clips and not dropped:
-        raise ConfigError(f"{key}: {shown(folder)} holds no clips; valid are files such as clip.mp4 with clip.txt")
-    return clips, dropped
+            dropped.append(Dropped.of(file, error))
 
 
 def read_caption(file: Path) -> str:
@@ -104,13 +132,14 @@ def read_caption(file: Path) -> str:
     try:
         if not file.is_file():
             raise ValueError(f"it has no caption ({shown(file.name)})")
-        if file.stat().st_size > LONGEST_CAPTION:
-            raise ValueError(f"its caption has {file.stat().st_size} bytes; at most {LONGEST_CAPTION} are read")
+        size = file.stat().st_size
+        if size > LONGEST_CAPTION + 3:  # a mark that it is UTF-8, which is not of the caption
+            raise ValueError(f"its caption has {size} bytes; at most {LONGEST_CAPTION} are read")
         return check_caption(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError("its caption is no UTF-8 text") from None
     except OSError as error:
-        raise ValueError(f"its caption can not be read: {error.strerror}") from None
+        raise Unreadable(f"its caption can not be read: {error.strerror}") from None
 
 
 def check_caption(text: Any) -> str:
@@ -121,58 +150,99 @@ def check_caption(text: Any) -> str:
         raise ValueError("its caption is binary")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError("its caption is no UTF-8 text")
-    caption = " ".join(text.split())
+    size = len(text.encode())
+    if size > LONGEST_CAPTION:
+        raise ValueError(f"its caption has {size} bytes; at most {LONGEST_CAPTION} are read")
+    caption = clean(text)
     if not caption:
         raise ValueError("its caption is empty")
     return caption
 
 
 def _listed(metadata: Path, video_set: VideoSet, key: str) -> tuple[list[Clip], list[Dropped]]:
-    clips, dropped, columns = [], [], set()
+    clips, dropped, columns = [], [], set[str]()
     wanted = CAPTION_COLUMNS if video_set.caption_column is None else (video_set.caption_column,)
-    for number, row in _rows(metadata, key):
-        where = f"{shown(metadata)}, line {number}"
-        if not isinstance(row, dict):
-            dropped.append(Dropped(where, "it is no JSON object" if row is None else shown(row)))
-            continue
-        columns |= {str(column) for column in row}
-        try:
-            file = inside(metadata.parent, row.get("file_name"))
-            where = f"{where}: {shown(file)}"
-            column = next((column for column in wanted if column in row), None)
-            clips.append(Clip(file, check_caption(None if column is None else row[column])))
-        except ValueError as error:
-            dropped.append(Dropped(where, str(error)))
-    for needed in (("file_name",), wanted):
-        if not columns & set(needed):
-            there = ", ".join(shown(column) for column in sorted(columns)[:20]) or "none"
-            where = f"{key}.caption_column" if needed != ("file_name",) else key
+    names = [name.strip().lower() for name in wanted]
+    try:
+        for number, row in _rows(metadata, columns, {"file_name", *names}):
+            where = f"{shown(metadata)}, line {number}"
+            if isinstance(row, str):
+                dropped.append(Dropped(where, row))
+                continue
+            try:
+                file = inside(metadata.parent, row.get("file_name"))
+                where = f"{where}: {shown(file)}"
+                clips.append(Clip(file, check_caption(next((row[name] for name in names if name in row), None))))
+            except ValueError as error:
+                dropped.append(Dropped.of(where, error))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{key}: {shown(metadata)} can not be read: {shown(error)}") from None
+    for needed, where in ((("file_name",), key), (wanted, f"{key}.caption_column")):
+        if columns.isdisjoint(name.strip().lower() for name in needed):
+            there = ", ".join(shown(name) for name in sorted(columns)[:20]) or "none"
             raise ConfigError(f"{where}: {shown(metadata)} has no column {' or '.join(needed)}; its columns: {there}")
     return clips, dropped
 
 
-def _rows(metadata: Path, key: str) -> Iterator[tuple[int, Any]]:
-    """Line numbers and rows: an object, None for a line that is none, or text that says what is wrong."""
-    try:
-        with metadata.open(encoding="utf-8-sig", newline="") as handle:
-            if metadata.suffix == ".csv":
-                reader = csv.DictReader(handle)
-                for row in reader:
-                    yield reader.line_num, row if None not in row else "it has more fields than the first line"
-                return
+def _rows(metadata: Path, columns: set[str], needed: set[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line numbers and rows, or what is wrong with a line; ValueError or csv.Error with what is wrong with the file.
+
+    Args:
+        columns: gets the names of all that there are, in small letters, as the rows have them. needed: the others may lack.
+    """
+    kind = metadata.suffix.lower()
+    with metadata.open("rb") as handle:
+        if kind != ".parquet" and handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("it is UTF-16; save it as UTF-8")
+    if kind == ".parquet":
+        with open_parquet(metadata) as file:
+            names = file.schema_arrow.names
+            columns.update(_fold(dict.fromkeys(names)))
+            batches = file.iter_batches(columns=[name for name in names if name.strip().lower() in needed])
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield number, _fold(row)
+    elif kind == ".csv":
+        # Bytes that are no UTF-8 spoil the captions that they are in, and no others.
+        with long_fields(), metadata.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            yield from _csv_rows(csv.reader(text, strict=True), columns)
+    else:
+        with metadata.open("rb") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
-                    yield number, _json_object(line)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{key}: {shown(metadata)} can not be read: {shown(error)}") from None
+                    row = _json_object(line)
+                    columns.update(row if isinstance(row, dict) else ())
+                    yield number, row
 
 
-def _json_object(line: str) -> dict[str, Any] | None:
+def _csv_rows(reader: Any, columns: set[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    names: list[str] = next(reader, [])
+    columns.update(_fold(dict.fromkeys(names)))
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield reader.line_num, f"it can not be read: {error}"
+            continue
+        if row is None:
+            return
+        if len(row) > len(names):
+            yield reader.line_num, "it has more fields than the first line"
+        elif row:
+            yield reader.line_num, _fold(dict(zip(names, row, strict=False)))
+
+
+def _fold(row: dict[str, Any]) -> dict[str, Any]:
+    return {name.strip().lower(): value for name, value in row.items()}
+
+
+def _json_object(line: bytes) -> dict[str, Any] | str:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "it is no UTF-8 text"
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        row = None
+    return _fold(row) if isinstance(row, dict) else "it is no JSON object"
 
 
 def inside(folder: Path, name: Any) -> Path:

@@ -68,16 +68,16 @@ def _cache(made: Translation, value: Any, source: str) -> None:
 
 def _crop(made: Translation, clips: ClipSet, value: Any, source: str) -> None:
     if value is False:
-        made.put("data.buckets", True, source, "each clip at its own aspect ratio")
+        made.put_for_all("data.buckets", True, source, "each clip at its own aspect ratio")
     else:
-        made.put("data.buckets", False, source, "all clips are cut to data.resolution, in data.aspect_ratio")
+        made.put_for_all("data.buckets", False, source, "all clips are cut to data.resolution, in data.aspect_ratio")
 
 
 def _crop_aspect(made: Translation, clips: ClipSet, value: Any, source: str) -> None:
     if value == "square":
         made.say(NO_MEANING, source, "clips are cut to data.resolution; a square one is such as 480x480")
     elif value == "preserve":
-        made.put("data.buckets", True, source, "each clip at its own aspect ratio")
+        made.put_for_all("data.buckets", True, source, "each clip at its own aspect ratio")
     else:
         made.say(
             REFUSED, source, "valid are data.buckets: true (each clip's own aspect ratio) and false (data.resolution)"
@@ -86,7 +86,7 @@ def _crop_aspect(made: Translation, clips: ClipSet, value: Any, source: str) -> 
 
 def _crop_style(made: Translation, clips: ClipSet, value: Any, source: str) -> None:
     if value in ("center", "random"):
-        made.put("data.crop", value, source)
+        made.put_for_all("data.crop", value, source)
     else:
         made.say(REFUSED, source, "set data.crop to center, random or none")
 
@@ -112,12 +112,13 @@ def _probability(made: Translation, clips: ClipSet, value: Any, source: str) -> 
 def minimum_size(made: Translation, value: Any, source: str, kind: Any) -> None:
     """Their smallest size: an edge, or the area in megapixels or as the edge of a square."""
     if kind == "area" and isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e4:
-        made.put("data.minimum_size", round(math.sqrt(value * 1e6)), source, "of the shorter edge; theirs is an area")
+        edge = round(math.sqrt(value * 1e6))
+        made.put_for_all("data.minimum_size", edge, source, "of the shorter edge; theirs is an area")
     else:
         note = (
             "of the shorter edge; theirs is the edge of a square of that area" if value and kind == "pixel_area" else ""
         )
-        made.put("data.minimum_size", value, source, note)
+        made.put_for_all("data.minimum_size", value, source, note)
 
 
 def _metadata(made: Translation, clips: ClipSet, value: Any, source: str) -> None:

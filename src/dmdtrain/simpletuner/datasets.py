@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
+from dmdtrain.data.videos import VIDEOS
 from dmdtrain.simpletuner import tables
 from dmdtrain.simpletuner.clips import KEYS, VIDEO, ClipSet, clip_set, complete_clips, minimum_size, translate_clips
 from dmdtrain.simpletuner.keys import translate_key
-from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, read_json, shown, source_of
+from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, plain, read_json, shown, source_of
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+KINDS = ("pixel_area", "pixel", "area")  # of a resolution
 
 
 def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
     """The resolution, the videos, and their captions as prompts."""
     sets = []
-    resolution = ("resolution", made.given.get("resolution"), made.given.get("resolution_type", "pixel_area"))
+    others = False  # datasets that say no resolution of their own
     for name, dataset in _read_datasets(made, data):
         if dataset.get("disabled") is True or dataset.get("disable") is True:
             made.say(NO_MEANING, name, "disabled")
@@ -35,24 +36,14 @@ def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
                 "only datasets of videos are read: write captions to a prompts file",
             )
             continue
-        if dataset.get("resolution") is not None:
-            of_config = made.given.get("resolution")
-            resolution = (
-                f"{name}.resolution",
-                dataset["resolution"],
-                dataset.get("resolution_type", made.given.get("resolution_type", "pixel_area")),
-            )
-            if of_config is not None:
-                made.say(
-                    SAME if of_config == dataset["resolution"] else NO_MEANING,
-                    f"resolution = {shown(of_config)}",
-                    f"{name} says it",
-                )
+        made.dataset = name
+        others |= not _resolution_of(made, dataset)
         found = clip_set(made, dataset)
         _videos(made, name, dataset, found)
         sets += [] if found is None else [found]
+    made.dataset = ""
+    _resolution_of_all(made, others)
     complete_clips(made, sets)
-    _resolution(made, *resolution)
     _prompts(made, str(out.with_suffix(".prompts.txt")))
 
 
@@ -87,11 +78,11 @@ def _read_datasets(made: Translation, data: Path | None) -> Iterator[tuple[str, 
     if not isinstance(found, list) or not all(isinstance(dataset, dict) for dataset in found):
         raise ConfigError(f"{file}: it must hold a list of datasets")
     for number, dataset in enumerate(found):
-        yield f"dataset {dataset.get('id', number)}", dataset
+        yield f"dataset {dataset.get('id', number)}", {k: plain(tables.DATASET + k, v) for k, v in dataset.items()}
 
 
 def _videos(made: Translation, name: str, dataset: dict[str, Any], found: ClipSet | None) -> None:
-    kind = dataset.get("resolution_type", made.given.get("resolution_type", "pixel_area"))
+    kind = _kind(made, dataset)
     flat = {key: value for key, value in dataset.items() if key != "video"}
     video = dataset.get("video", {})
     flat |= {f"video.{key}": value for key, value in video.items()} if isinstance(video, dict) else {"video": video}
@@ -110,6 +101,8 @@ def _videos(made: Translation, name: str, dataset: dict[str, Any], found: ClipSe
                 )
             else:
                 made.say(NO_MEANING, source, "with instance_data_dir")
+        elif key == "crop" and found is not None and value is True and dataset.get("crop_aspect") == "preserve":
+            made.say(SAME, source, "clips are cut; crop_aspect says to which size")
         elif key == "minimum_image_size":
             minimum_size(made, value, source, kind)
         elif key in KEYS or (name_of_video := key.removeprefix("video.")) in VIDEO:
@@ -132,7 +125,7 @@ def _captions(made: Translation, dataset: dict[str, Any], value: Any, source: st
     if folder is None or not folder.is_dir():
         made.say(REFUSED, source, "no such folder: write its captions to a prompts file, one a line")
         return
-    videos = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+    videos = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEOS)
     if strategy == "textfile":
         whole = dataset.get("disable_multiline_split", made.given.get("disable_multiline_split")) is True
         found, unread = [], []
@@ -176,18 +169,67 @@ def _caption_file(file: Path, whole: bool) -> list[str]:
     return [" ".join(caption.split()) for caption in captions if caption.strip()]
 
 
-def _resolution(made: Translation, name: str, value: Any, kind: Any) -> None:
+def _kind(made: Translation, dataset: dict[str, Any]) -> Any:
+    """What a resolution is of."""
+    return dataset.get("resolution_type", made.given.get("resolution_type", "pixel_area"))
+
+
+def _sized(value: Any, kind: Any) -> str:
+    return f"{shown(value)} ({kind if kind in KINDS else shown(kind)})"
+
+
+def _resolution_of(made: Translation, dataset: dict[str, Any]) -> bool:
+    """A dataset's own resolution; whether it says one."""
+    source, kind = f"{made.dataset}.resolution", _kind(made, dataset)
+    value = dataset.get("resolution")
+    if value is None and "resolution" in dataset:
+        made.say(SAME, f"{source} = null", "not set")
+    if value is not None:
+        _resolution(made, f"{source} = {_sized(value, kind)}", value, kind)
+    elif "resolution_type" in dataset:
+        source, value = source_of(f"{source}_type", kind), made.given.get("resolution")
+        if value is None:
+            made.say(NO_MEANING, source, "of a resolution, which is not set")
+            return False
+        _resolution(made, f"{source} (of resolution = {shown(value)})", value, kind)
+    return value is not None
+
+
+def _resolution_of_all(made: Translation, others: bool) -> None:
+    """The configuration's resolution, which holds for datasets that say none. others: whether there are such."""
+    value, kind, ours = made.given.get("resolution"), _kind(made, {}), "data.resolution"
     if value is None:
+        if "resolution_type" in made.given:
+            told = "of the datasets' resolutions" if ours in made.said_by else "of a resolution, which is not set"
+            made.say(NO_MEANING, source_of("resolution_type", kind), told)
         return
-    source = f"{name} = {shown(value)} ({kind})"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 16384:
+    source = f"resolution = {_sized(value, kind)}"
+    if ours not in made.said_by:
+        _resolution(made, source, value, kind)
+    elif (size := _size(value, kind)) is not None and size[0] == made.values[ours]:
+        made.say(SAME, source, f"{made.said_by[ours]} says it")
+    elif others:
+        made.say(REFUSED, source, made.one_for_all(ours))
+    else:
+        made.say(NO_MEANING, source, f"{made.said_by[ours]} says it")
+
+
+def _resolution(made: Translation, source: str, value: Any, kind: Any) -> None:
+    size = _size(value, kind)
+    if size is not None:
+        made.put_for_all("data.resolution", size[0], source, size[1])
+    elif kind in KINDS:
         made.say(REFUSED, source, "set data.resolution, WIDTHxHEIGHT or a number of pixels")
-    elif kind == "pixel":
-        width = 16 * round(value * 16 / 9 / 16)
-        made.put("data.resolution", f"{width}x{16 * round(value / 16)}", source, "the shorter edge, in 16:9")
-    elif kind == "area":
-        made.put("data.resolution", round(math.sqrt(value * 1e6)), source, "the edge of a square of that area")
-    elif kind == "pixel_area":
-        made.put("data.resolution", int(value), source)
     else:
         made.say(REFUSED, source, tables.AGREE["resolution_type"][1])
+
+
+def _size(value: Any, kind: Any) -> tuple[int | str, str] | None:
+    """Our resolution for theirs, and what there is to say of it; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 16384:
+        return None
+    if kind == "pixel":
+        return f"{16 * round(value * 16 / 9 / 16)}x{16 * round(value / 16)}", "the shorter edge, in 16:9"
+    if kind == "area":
+        return round(math.sqrt(value * 1e6)), "the edge of a square of that area"
+    return (int(value), "") if kind == "pixel_area" else None

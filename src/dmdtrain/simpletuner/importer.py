@@ -121,8 +121,9 @@ def _near(made: Translation, ours: str) -> int | None:
         return None
     if ours in made.comments and made.comments[ours].startswith("not "):
         return None
-    settings = {k.partition(".")[2]: v for k, v in made.values.items() if k.startswith("rollout.")}
-    rollout = Config().rollout.model_copy(update=settings)
+    told = {key: made.values.get(f"rollout.{key}", 0) for key in ("num_frame_per_block", "independent_first_frame")}
+    numbers = {key: value for key, value in told.items() if type(value) in (int, bool) and value > 0}
+    rollout = Config().rollout.model_copy(update=numbers)
     video = ours == "validation.num_frames"
     latent = latent_frames(frames) if video else frames
     blocks = rollout.nearest_blocks(latent) if made.causal else None

@@ -79,7 +79,7 @@ def _base(made: Translation, value: Any, source: str) -> None:
 
 
 def _flavour(made: Translation, value: Any, source: str) -> None:
-    if value in tables.FLAVOURS and "pretrained_model_name_or_path" not in made.given:
+    if value in list(tables.FLAVOURS) and made.given.get("pretrained_model_name_or_path") is None:
         made.put("model.base", tables.FLAVOURS[value], source)
     else:
         _leave(made, "model_flavour", value, source)
@@ -233,7 +233,14 @@ def _validation_steps(made: Translation, value: Any, source: str) -> None:
 
 
 def _validation_prompt(made: Translation, value: Any, source: str) -> None:
-    made.put("validation.prompts", [str(value), *made.values.get("validation.prompts", [])], source)
+    prompts = value if isinstance(value, list) else [value]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        made.say(REFUSED, source, "it is no prompt and no list of them: set validation.prompts")
+    elif not any(prompt.strip() for prompt in prompts):
+        made.say(NO_MEANING, source, "no prompt; what validation.prompts says is rendered")
+    else:
+        filled = [prompt for prompt in prompts if prompt.strip()]
+        made.put("validation.prompts", [*filled, *made.values.get("validation.prompts", [])], source)
 
 
 def _validation_resolution(made: Translation, value: Any, source: str) -> None:

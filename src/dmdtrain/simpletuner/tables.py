@@ -67,6 +67,13 @@ COPY: dict[str, tuple[str, ...]] = {
     "compress_disk_cache": ("data.cache_compress",),
 }
 
+# Numbers that are not in COPY, and texts that may be the words true and false.
+NUMBERS = (
+    *("adam_beta1", "adam_beta2", "resolution", "minimum_image_size", "num_train_epochs", "lora_dropout"),
+    *(f"dataset.{key}" for key in ("resolution", "minimum_image_size", "repeats", "probability")),
+)
+TEXTS = ("validation_prompt", "validation_negative_prompt", "instance_prompt")
+
 # Older names of theirs.
 ALIASES = {
     "checkpointing_steps": "checkpoint_step_interval",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmdtrain.config import ConfigError
+from dmdtrain.config import ConfigError, groups
 from dmdtrain.simpletuner import tables
 
 TRANSLATED, SAME, NO_MEANING, REFUSED = "translated", "same by default", "has no meaning here", "refused"
@@ -28,12 +29,34 @@ class Translation:
     rows: list[tuple[str, str, str]] = field(default_factory=list)  # list, what it was, what is said of it
     prompts: list[str] = field(default_factory=list)  # of the file beside the YAML
     to_do: list[str] = field(default_factory=list)
+    dataset: str = ""  # whose keys are being translated; none: the configuration's
+    said_by: dict[str, str] = field(
+        default_factory=dict
+    )  # ours, one for all datasets -> the dataset that said it first
 
     def put(self, ours: str, value: Any, source: str, comment: str = "") -> None:
         self.values[ours] = value
         self.sources.setdefault(ours, []).append(source)
         if comment:
             self.comments[ours] = comment
+
+    def put_for_all(self, ours: str, value: Any, source: str, comment: str = "") -> None:
+        """A setting of a dataset of which there is one for all: that of the first dataset with it, else the configuration's."""
+        if not self.dataset:
+            self.put(ours, value, source, comment)
+            return
+        if ours not in self.said_by:
+            for other in self.sources.pop(ours, []):
+                self.say(SAME if self.values[ours] == value else NO_MEANING, other, f"{self.dataset} says it")
+            self.comments.pop(ours, None)
+        elif self.said_by[ours] != self.dataset and self.values[ours] != value:
+            self.say(REFUSED, source, self.one_for_all(ours))
+            return
+        self.said_by.setdefault(ours, self.dataset)
+        self.put(ours, value, source, comment)
+
+    def one_for_all(self, ours: str) -> str:
+        return f"one value for all sets: {ours} = {shown(self.values[ours])} of {self.said_by[ours]} is used"
 
     def add(self, ours: str, value: Any, comment: str) -> None:
         """A value that stands for no key of theirs."""
@@ -48,7 +71,7 @@ class Translation:
         places = (Path(name), *above, self.file.parent / Path(name).name) if name else ()
         try:
             return next((place for place in places if place.exists()), None)
-        except OSError:  # no name of a file
+        except (OSError, ValueError):  # no name of a file
             return None
 
 
@@ -82,7 +105,7 @@ def flatten(raw: Any) -> dict[str, Any]:
     for name, value in raw.items():
         key = name.lstrip("-").replace("-", "_")
         key = tables.ALIASES.get(key, key)
-        inner = _distillation(value) if key == "distillation_config" else {key: _plain(value)}
+        inner = _distillation(value) if key == "distillation_config" else {key: plain(key, value)}
         for part, what in inner.items():
             if part in flat:
                 raise ConfigError(f"{part}: it stands twice, as {name} and under another name")
@@ -100,12 +123,27 @@ def _distillation(value: Any) -> dict[str, Any]:
         value = value["dmd"]
     if not isinstance(value, dict):
         raise ConfigError(f"distillation_config: {shown(value)}: it must be an object of settings")
-    return {tables.DISTILLATION + key: _plain(part) for key, part in value.items()}
+    return {(name := tables.DISTILLATION + key): plain(name, part) for key, part in value.items()}
 
 
-def _plain(value: Any) -> Any:
-    """Their command line writes true and false as text."""
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+def plain(key: str, value: Any) -> Any:
+    """Their command line writes true, false and numbers as text."""
+    if not isinstance(value, str) or key.removeprefix(tables.DATASET) in tables.TEXTS:
+        return value
+    if is_number(key) and re.fullmatch(r"\s*[+-]?\d{1,20}(\.\d{0,20})?(e[+-]?\d{1,3})?\s*", value, re.IGNORECASE):
+        return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+    return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def is_number(key: str) -> bool:
+    """Whether a key of theirs is one of ours that is a number, or is read as one."""
+    kinds = groups()
+    fields = [
+        kinds[group].model_fields[name]
+        for group, _, name in (o.partition(".") for o in tables.COPY.get(key, ()))
+        if name
+    ]
+    return key in tables.NUMBERS or any(f.annotation in (int, float, int | None, float | None) for f in fields)
 
 
 def source_of(key: str, value: Any) -> str:
@@ -124,5 +162,6 @@ def check_run(file: Path, given: dict[str, Any]) -> None:
         found = given.get(key)
         if found != wanted:
             raise ConfigError(f"{file}: {key}: {shown(found)}: dmdtrain only does {wanted}")
-    if "pretrained_model_name_or_path" not in given and given.get("model_flavour") not in tables.FLAVOURS:
+    named = given.get("pretrained_model_name_or_path") is not None
+    if not named and given.get("model_flavour") not in list(tables.FLAVOURS):
         raise ConfigError(f"{file}: pretrained_model_name_or_path: it must name the model")

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, VideoSet, unwritable
 from dmdtrain.data.buckets import Size, bucket_size
-from dmdtrain.data.decode import check_length
+from dmdtrain.data.decode import check_length, quiet_images
 from dmdtrain.data.latents import holds_latents
 from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
-from dmdtrain.data.videos import IMAGES, Clip, Dropped, list_clips, shown
+from dmdtrain.data.videos import IMAGES, Clip, Dropped, Unreadable, list_clips, shown
 from dmdtrain.files import write_text
 from dmdtrain.train.log import Live
-from dmdtrain.train.setup import Run, cache_root
+from dmdtrain.train.setup import Run, cache_root, with_prompts
 
 REPORT = "data_report.jsonl"
 READERS = min(8, os.cpu_count() or 1)  # files that are opened at once
@@ -48,6 +48,7 @@ class Clips:
     sets: list[VideoSet]
     samples: list[Sample]
     dropped: list[Dropped]
+    captions: list[str] = field(default_factory=list)  # of all that validation does not keep, usable or not
 
 
 def clip_sets(run: Run) -> dict[str, list[VideoSet]]:
@@ -104,6 +105,7 @@ def scan(run: Run, console: Console) -> dict[str, Clips]:
     for key, listed in sets.items():
         samples: list[Sample] = []
         dropped: list[Dropped] = []
+        captions: list[tuple[str, str]] = []  # each with the hash of its clip
         for number, video_set in enumerate(listed):
             name = key if key == "warmup.data" else f"{key}.{number}"
             path = Path(video_set.path).expanduser()
@@ -114,9 +116,14 @@ def scan(run: Run, console: Console) -> dict[str, Clips]:
             used, unused = _sort_out(run, number, clips, sources)
             samples += used
             dropped += unlisted + unused
-        found[key] = Clips(key, listed, samples, dropped)
-        if not trains_on(run, key):
-            found[key].samples[:] = held_out(run, found[key])
+            captions += [(clip.caption, source.sha256) for clip, source in zip(clips, sources, strict=True)]
+        # In an order that names and places of the files have no part in: a run goes on when they have changed.
+        samples.sort(key=lambda sample: (sample.data_set, sample.sha256, sample.caption))
+        whole = Clips(key, listed, samples, dropped)
+        kept = held_out(run, whole)
+        hashes = {sample.sha256 for sample in kept}
+        texts = sorted({caption for caption, sha256 in captions if sha256 not in hashes})
+        found[key] = replace(whole, samples=samples if trains_on(run, key) else kept, captions=texts)
     write_report(run, found)
     for clips_found in found.values():
         refuse_useless(run, clips_found)
@@ -128,7 +135,11 @@ def _inspect(files: list[Path], index: SourceIndex, console: Console) -> list[So
     new = [file for file, source in known.items() if source is None or not (source.header or source.bad)]
     if new:
         done = len(known) - len(new)
-        with ThreadPoolExecutor(READERS) as pool, Live(len(known), done, console, unit="scanned clip") as live:
+        with (
+            quiet_images(),
+            ThreadPoolExecutor(READERS) as pool,
+            Live(len(known), done, console, unit="scanned clip") as live,
+        ):
             for count, (file, source) in enumerate(ahead(pool, inspect, new, 4 * READERS), done + 1):
                 known[file] = source.result()
                 if source.result().size >= 0:
@@ -168,14 +179,14 @@ def _sort_out(run: Run, number: int, clips: list[Clip], sources: list[Source]) -
                 raise ValueError(f"it is the same as {shown(samples[sample].file)}")
             samples[sample] = sample
         except ValueError as error:
-            dropped.append(Dropped(shown(clip.file), str(error)))
+            dropped.append(Dropped.of(clip.file, error))
     return list(samples), dropped
 
 
 def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
     data = run.config.data
     if reason := source.bad or source.failed.get(how_read(run)):
-        raise ValueError(reason)
+        raise (Unreadable if source.size < 0 else ValueError)(reason)
     header = header_of(source)
     check_length(header, num_frames(run), data.fps, clip.file.suffix.lower() in IMAGES, data.frame_interval)
     if min(header.width, header.height) < data.minimum_size:
@@ -209,13 +220,13 @@ def for_training(run: Run, clips: Clips) -> list[Sample]:
 
 
 def with_captions(run: Run, found: dict[str, Clips]) -> Run:
-    """A run without prompts of its own has the captions of the clips that it may train on."""
+    """A run without prompts of its own has the captions of data.videos."""
     if run.prompts:
         return run
-    captions = dict.fromkeys(sample.caption for sample in for_training(run, found["data.videos"]))
+    captions = found["data.videos"].captions
     if not captions:
         raise ConfigError("data.prompts: not given, and validation.real_clips leaves no clip whose caption could serve")
-    return replace(run, prompts=list(captions))
+    return with_prompts(run, captions)
 
 
 def refuse_useless(run: Run, clips: Clips) -> None:
@@ -224,8 +235,9 @@ def refuse_useless(run: Run, clips: Clips) -> None:
         raise ConfigError(f"{clips.key}: {first.where}: {first.reason}; mend it, or set data.on_bad_video: skip")
     trained, of_training = trains_on(run, clips.key), {sample.data_set for sample in for_training(run, clips)}
     there = {sample.data_set for sample in clips.samples}
+    used = trained or run.config.validation.real_clips > 0 or not clips.captions  # else for its captions alone
     for number, video_set in enumerate(clips.sets):
-        if number not in there and (trained or not there):
+        if number not in there and used and (trained or not there):
             why = next((f"; the first: {d.where}: {d.reason}" for d in clips.dropped), "")
             name = clips.key if clips.key == "warmup.data" else f"{clips.key}.{number}"
             raise ConfigError(
@@ -272,9 +284,12 @@ def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:
             if rates and run.config.data.fps is None
             else ""
         )
-        lines.append(
-            f"{clips.key:<15} {len(clips.samples):,} clips, {hours:.2f} hours, {_needed(run)}{own} of each; {each}{more}"
-        )
+        if clips.samples:
+            lines.append(
+                f"{clips.key:<15} {len(clips.samples):,} clips, {hours:.2f} hours, {_needed(run)}{own} of each; {each}{more}"
+            )
+        else:
+            lines.append(f"{clips.key:<15} {len(clips.captions):,} captions, which serve as prompts")
         if kept := held_out(run, clips):
             lines.append(f"{'':<15} {len(kept):,} of them are kept for validation")
         if clips.dropped:

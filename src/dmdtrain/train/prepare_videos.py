@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from rich.console import Console
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import BucketSampler, streams_of
-from dmdtrain.data.decode import Unreadable, read_clip
+from dmdtrain.data.decode import quiet_images, read_clip
 from dmdtrain.data.latents import LatentCache
 from dmdtrain.data.sources import SourceIndex, hash_of
-from dmdtrain.data.videos import Dropped, shown
+from dmdtrain.data.videos import Dropped, Unreadable, shown
 from dmdtrain.models.decode import encode_videos
 from dmdtrain.models.wan import WanFolder, load_vae, part_folder
 from dmdtrain.train.clips import (
@@ -102,8 +103,8 @@ def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None 
                 source.failed[how_read(run)] = str(error)
                 index.add(source)
         used = [sample for sample in clips.samples if names[sample] not in failed]
-        dropped = clips.dropped + [Dropped(shown(sample.file), str(failed[names[sample]])) for sample in lost]
-        found[key] = Clips(key, clips.sets, used, dropped)
+        dropped = clips.dropped + [Dropped.of(sample.file, failed[names[sample]]) for sample in lost]
+        found[key] = replace(clips, samples=used, dropped=dropped)
     write_report(run, found)
     for clips in found.values():
         refuse_useless(run, clips)
@@ -139,6 +140,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
     failed: dict[str, ValueError] = {}
     with (
         codec_of(run, device) as vae,
+        quiet_images(),
         ThreadPoolExecutor(AHEAD) as pool,
         Live(len(missing), 0, console, unit="clip") as live,
     ):
@@ -222,8 +224,14 @@ def prune_videos(run: Run, found: dict[str, Clips]) -> tuple[int, int]:
     """Removes latents of other clips than those that were found, and what killed writers left: how many files, and bytes.
 
     Raises:
-        ConfigError: another process uses the cache, or nobody can know.
+        ConfigError: another process uses the cache, or nobody can know; or clips can not be read now, which have latents.
     """
+    unread = [dropped for clips in found.values() for dropped in clips.dropped if dropped.unread]
+    if unread:
+        raise ConfigError(
+            f"--prune: {len(unread):,} clips or folders can not be read now, and what belongs to them would be removed; "
+            f"the first: {unread[0].where}: {unread[0].reason}"
+        )
     cache = latent_cache(run)
     if not cache.lock.take(alone=True):
         raise ConfigError(f"data.cache_dir: {cache.path} {cache.lock.problem}")

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution
-from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts
+from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts, split
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.attention import AUTO, BACKENDS, pick_attention
 from dmdtrain.models.encode import TextCache
@@ -148,11 +148,11 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
             )
     if source is not None and for_training:
         prompts = read_prompts(source, "data.prompts", held_out=False, column=config.data.prompt_column)
-    return Run(
+    run = Run(
         config=config,
         base=base,
         teacher=teacher,
-        prompts=prompts.texts,
+        prompts=[],
         validation_prompts=validation_prompts[: config.validation.count],
         timesteps=timesteps,
         validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
@@ -160,6 +160,19 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
         validation_latent_shape=validation_shape,
         left_out=prompts.left_out,
     )
+    return with_prompts(run, prompts.texts) if prompts.texts else run
+
+
+def with_prompts(run: Run, prompts: list[str]) -> Run:
+    """A run on prompts, without those that validation.held_out_prompts keeps from training."""
+    wanted = run.config.validation.held_out_prompts
+    if wanted >= len(prompts):
+        raise ConfigError(
+            f"validation.held_out_prompts: {wanted}: none of {len(prompts)} prompts would be left to train on; valid are 0 to "
+            f"{len(prompts) - 1}"
+        )
+    trained, kept = split(prompts, wanted)
+    return replace(run, prompts=trained, validation_prompts=list(dict.fromkeys(run.validation_prompts + kept)))
 
 
 def all_validation_prompts(config: Config) -> list[str]:
@@ -384,6 +397,8 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
         f"prompts         {len(run.prompts)} for training, {len(run.validation_prompts)} for validation"
         + (f"; {run.left_out}" if run.left_out else ""),
     ]
+    if both := set(run.validation_prompts) & set(run.prompts):
+        lines.append(f"{'':<15} {len(both)} of those for validation are trained on too")
     warmup = config.warmup
     if warmup.kind != "none":
         clips = "data.videos" if config.data.videos is not None and warmup.kind == "teacher_forcing" else None
