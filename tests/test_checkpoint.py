@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import itertools
 import json
 import math
+import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -301,7 +304,51 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
     manifest.write_text(good[: len(good) // 2])
     assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: manifest.json is broken"
     manifest.write_text(good.replace('"format": 1', '"format": 2'))
-    assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: format 2; this version reads 1"
+    newer = f"checkpoint: {folder}: format 2 is newer than this dmdtrain reads; valid is 1"
+    assert refusal(check_checkpoint, folder) == newer
+
+
+def test_sizes_are_compared_before_anything_is_read(folder, monkeypatch):
+    (folder / "student.safetensors").write_bytes((folder / "student.safetensors").read_bytes()[:-1])
+    monkeypatch.setattr(checkpoints, "sha256", pytest.fail)
+    line = refusal(check_checkpoint, folder)
+    assert line == f"checkpoint: {folder}: student.safetensors is damaged (its size differs)"
+
+
+def test_what_can_not_be_read_now_is_not_damaged(run, settings_of_a_run):
+    """A real EIO: that is what reading /proc/self/mem from its start gives. Nothing is renamed, no older one is used."""
+    newest = run / "checkpoints" / "step-000004"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["bytes"]["student.safetensors"] = 0
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "student.safetensors").unlink()
+    (newest / "student.safetensors").symlink_to("/proc/self/mem")
+    says = f"{newest / 'student.safetensors'} can not be read: Input/output error"
+    assert refusal(find_resume, build(settings_of_a_run), "auto") == f"checkpoint: {says}"
+    assert refusal(find_resume, build(settings_of_a_run), str(newest)) == f"--resume: {says}"
+
+
+def test_a_newer_format_is_not_damage(run, settings_of_a_run):
+    newest = run / "checkpoints" / "step-000004" / "manifest.json"
+    newest.write_text(newest.read_text().replace('"format": 1', '"format": 7'))
+    line = refusal(find_resume, build(settings_of_a_run), "auto")
+    assert line.endswith("step-000004: format 7 is newer than this dmdtrain reads; valid is 1")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_can_not_sync_folders(tmp_path, monkeypatch, number):
+    """Some of FUSE and of networks."""
+    real, folders = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            folders.append(os.readlink(f"/proc/self/fd/{handle}"))
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    check_checkpoint(write(tmp_path / "run" / "checkpoints", 4))
+    assert {str(tmp_path), str(tmp_path / "run")} <= set(folders)  # the new names, too
 
 
 # ---------------------------------------------------------------------------------------------------- nested states
@@ -466,7 +513,7 @@ def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
         {
             root / "step-000016": "it is of step 4",
             root / "step-000014": "not a checkpoint (manifest.json is missing)",
-            root / "step-000010": "state.json is damaged (its checksum differs)",
+            root / "step-000010": "state.json is damaged (its size differs)",
         },
     )
     for step in (2, 4):
