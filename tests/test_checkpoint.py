@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import sys
@@ -23,6 +24,7 @@ from rich.console import Console
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, build
 from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train.alarms import ADVICE
 from dmdtrain.train.checkpoint import (
     check_checkpoint,
     join_state,
@@ -585,8 +587,10 @@ def test_another_configuration_is_refused_by_its_key(run, settings_of_a_run, res
         ({"optimizer.lr": 2e-3, "train.seed": 5}, "optimizer.lr: 0.001 -> 0.002 and 1 more"),
         ({"ema.decay": 0.6, "dmd.timestep_shift": 2.0, "data.caption_dropout": 0.1}, " and 2 more"),
     ):
-        line = refusal(find_resume, changed(settings_of_a_run, **changes), resume)
+        line, _, hint = refusal(find_resume, changed(settings_of_a_run, **changes), resume).partition("; ")
         assert line.startswith(what + ": ") and line.endswith(says), line
+        alone = changes.keys() <= {"optimizer.lr", "ema.decay", "dmd.timestep_shift", "data.caption_dropout"}
+        assert hint == f"a branch may change it: {configuration.BRANCH_OFF}" * alone
 
 
 def test_what_may_change_when_a_run_goes_on(run, settings_of_a_run):
@@ -622,7 +626,7 @@ def test_a_decaying_schedule_fixes_the_length(settings_of_a_run, tmp_path, sched
     (output / "config.yaml").write_text(configuration.dump(config))
     for resume in ("auto", str(newest)):
         line = refusal(find_resume, changed(settings, **{"train.max_steps": 6}), resume)
-        assert line.endswith(": train.max_steps: 4 -> 6 (the schedule depends on it)")
+        assert ": train.max_steps: 4 -> 6 (the schedule depends on it); a branch may change it: dmdtrain fit " in line
         # One more step is no more student updates.
         assert find_resume(changed(settings, **{"train.max_steps": 5}), resume) == newest
     # Nor may the schedule change.
@@ -639,6 +643,38 @@ def test_folders_of_others_are_left_alone(settings_of_a_run, tmp_path):
         line = refusal(find_resume, changed(settings_of_a_run, output_dir=str(foreign / "photo.jpg")), resume)
         assert line == f"output_dir: {foreign / 'photo.jpg'} is not a folder"
     assert sorted(f.name for f in foreign.iterdir()) == ["cache", "photo.jpg"]
+
+
+@pytest.mark.parametrize("text", [None, "", "half"])
+def test_a_configuration_that_is_lost_is_found_in_the_checkpoints(run, settings_of_a_run, text):
+    config, file = build(settings_of_a_run), run / "config.yaml"
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2] if text == "half" else text or "")
+    if text is None:
+        file.unlink()
+    assert find_resume(config, "auto") == run / "checkpoints" / "step-000004"
+    assert "belongs to another run: optimizer.lr: " in refusal(
+        find_resume, changed(settings_of_a_run, **{"optimizer.lr": 1.0}), "auto"
+    )
+    for step in (2, 4):
+        (run / "checkpoints" / f"step-{step:06d}" / "state.json").unlink()
+    line = refusal(find_resume, config, "auto")
+    assert line.startswith(f"output_dir: {file}") and "no undamaged checkpoint is left; choose another" in line
+
+
+def test_caches_within_output_dir_are_no_strangers(settings_of_a_run, tmp_path):
+    inside = {"data.cache_dir": str(tmp_path / "run" / "embeddings"), "model.precision": "int8"}
+    inside |= {"model.quantized_cache": str(tmp_path / "run" / "models" / "int8")}
+    for name in ("embeddings/text", "models/int8"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("slurm-1.out", "fit.log"):
+        (tmp_path / "run" / name).write_text("step 1")
+    for resume in ("auto", "never"):
+        assert find_resume(changed(settings_of_a_run, **inside), resume) is None
+    (tmp_path / "run" / "embeddings").rename(tmp_path / "run" / "text")
+    assert find_resume(changed(settings_of_a_run, **inside | {"data.cache_dir": str(tmp_path / "run")}), "auto") is None
+    line = refusal(find_resume, build(settings_of_a_run), "auto")
+    assert line == f"output_dir: {tmp_path / 'run'} is not empty and holds no run of dmdtrain; choose another"
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -813,3 +849,123 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
         "bad_in_a_row": {"student": 0, "fake_score": 0},
     }
     assert set(check_checkpoint(folder)["sha256"]) == files - {"manifest.json"}
+
+
+# ---------------------------------------------------------------------------------------------------- branches
+
+
+def fitted(config: Config, resume: str = "auto") -> str:
+    """What `fit` says."""
+    printed = Console(file=io.StringIO(), width=1000)
+    fit(config, resume, printed)
+    return printed.file.getvalue()  # type: ignore[attr-defined]
+
+
+def altered(config: Config, **changes: object) -> Config:
+    return configuration.changed(config, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_a_branch_goes_on_with_other_settings(small, tmp_path):
+    fitted(small)
+    old, before = Path(small.output_dir), listing(Path(small.output_dir))
+    ckpt, new = old / "checkpoints" / "step-000002", tmp_path / "branch"
+    branch = altered(
+        small, optimizer__lr=5e-4, fake_score__lr=2e-4, dmd__real_score_guidance_scale=2.0, output_dir=str(new)
+    )
+    said = fitted(branch, str(ckpt))
+    assert f"branch          of {ckpt}\n" in said and f"resumed from {ckpt}, step 2" in said
+    assert [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("changed ")] == [
+        "fake_score.lr: 0.001 -> 0.0002",
+        "dmd.real_score_guidance_scale: 3.0 -> 2.0",
+        "optimizer.lr: 0.001 -> 0.0005",
+    ]
+    assert listing(old) == before
+    assert configuration.load_own(new / "config.yaml") == branch
+    assert names(new / "checkpoints") == ["step-000002", "step-000004"]
+    for role, rate in (("student", 5e-4), ("fake_score", 2e-4)):
+        tree = read_json(new / "checkpoints" / "step-000004", f"optimizer_{role}.json")
+        assert (
+            join_state(read_tensors(new / "checkpoints" / "step-000004", f"optimizer_{role}"), tree)["param_groups"][0][
+                "lr"
+            ]
+            == rate
+        )
+    # The same command goes on, and so does auto, also where the branch was killed before it had saved anything.
+    for resume in (str(ckpt), "auto"):
+        assert "nothing to do: the run already has 4 steps" in fitted(branch, resume)
+        shutil.rmtree(new / "checkpoints")
+        assert f"resumed from {ckpt}, step 2" in fitted(branch, resume)
+    # What its tensors are may not change.
+    for key, value in (("student.rank", 8), ("optimizer.betas", (0.5, 0.9)), ("ema.enabled", False)):
+        wrong = {"ema.validate_with": "raw"} | {key: value, "output_dir": str(tmp_path / "wrong")}
+        assert f"another configuration: {key}: " in refusal(fitted, configuration.changed(small, wrong), str(ckpt))
+
+
+def test_a_branch_without_changes_comes_to_the_same_bits(small, tmp_path):
+    fitted(small)
+    first = Path(small.output_dir) / "checkpoints"
+    said = fitted(altered(small, output_dir=str(tmp_path / "branch")), str(first / "step-000002"))
+    assert "branch  " not in said
+    second = tmp_path / "branch" / "checkpoints"
+    for step in ("step-000002", "step-000004"):
+        for file in (first / step).glob("*.safetensors"):
+            assert file.read_bytes() == (second / step / file.name).read_bytes(), (step, file.name)
+        assert (first / step / "state.json").read_text() == (second / step / "state.json").read_text()
+
+
+def test_what_every_advice_names_a_branch_may_change():
+    keys = {key for text in ADVICE.values() for key in re.findall(r"[a-z_]+\.[a-z_]+", text)}
+    assert len(keys) == 4 and keys <= set(configuration.BRANCHABLE)
+
+
+def test_going_back_to_a_copy_sets_aside_what_came_after(small):
+    fitted(small)
+    output, root = Path(small.output_dir), Path(small.output_dir) / "checkpoints"
+    last = listing(root / "step-000004")
+    shutil.copytree(root / "step-000002", root / "best")
+    (output / "samples" / "step-000004").mkdir(parents=True)
+    fitted(small, str(root / "step-000004"))  # it is the newest: nothing is set aside
+    assert sorted(f.name for f in root.iterdir()) == ["best", "step-000002", "step-000004"]
+    said = fitted(altered(small, train__max_steps=3), "best")
+    aside = [line.split(",")[0] for line in said.splitlines() if line.startswith("set aside: ")]
+    assert [Path(line).name for line in aside] == [
+        *("replaced-1-step-000002", "replaced-1-step-000004", "replaced-1-metrics.jsonl", "replaced-1-step-000004")
+    ]
+    assert [json.loads(line)["step"] for line in (output / "replaced-1-metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert names(root) == ["step-000002", "step-000003"]
+    assert f"resumed from {root / 'step-000003'}" in fitted(small)
+    again = listing(root / "step-000004")
+    assert {k: v for k, v in again.items() if "safetensors" in k} == {
+        k: v for k, v in last.items() if "safetensors" in k
+    }
+
+
+def test_names_of_checkpoints(small, tmp_path):
+    fitted(small)
+    root = Path(small.output_dir) / "checkpoints"
+    for resume in ("4", "step-000004"):
+        assert f"resumed from {root / 'step-000004'}" in fitted(small, resume)
+    for resume in ("latest", "Auto", "3", "/step-x", "a\0b"):
+        assert "valid are auto, never and a checkpoint" in refusal(fitted, small, resume)
+    (tmp_path / "none").write_text("")
+    assert "valid are auto, never" in refusal(fitted, small, str(tmp_path / "none" / "x"))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "warmup", "metrics.jsonl"])
+def test_names_that_are_taken_by_something_else(small, name):
+    fitted(altered(small, train__max_steps=2))
+    place = Path(small.output_dir) / name
+    if name == "metrics.jsonl":
+        place.unlink()
+        place.mkdir()
+        says = "is not a file"
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+        place.write_text("")
+        says = "is not a folder"
+    assert refusal(fitted, small) == f"output_dir: {place} {says}"

@@ -109,7 +109,7 @@ def fit(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/wan_tiny.yaml.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as train.max_steps=100.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: the newest checkpoint of this run; never; or a checkpoint.")
+        str, typer.Option(help="auto: the newest checkpoint of this run; never; or one by its folder, name or step.")
     ] = "auto",
     max_steps: Annotated[int | None, typer.Option(help="The same as --set train.max_steps=N.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The same as --set output_dir=DIR.")] = None,

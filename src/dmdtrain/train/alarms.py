@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from dmdtrain.config import BRANCH_OFF, ConfigError
 from dmdtrain.config import Alarms as Settings
-from dmdtrain.config import ConfigError
 from dmdtrain.files import save_tensors, write_text
 from dmdtrain.train.step import Draws, mean_distance
 
@@ -114,6 +114,7 @@ class Alarms:
                 self.counts[rule] += 1
                 self.tell(
                     f"alarm at step {step}: {text} (alarms.{rule}: {getattr(self.settings, rule):g}); {ADVICE[rule]}"
+                    f"; changes go into a branch: {BRANCH_OFF}"
                 )
             self.active[key] = step
 

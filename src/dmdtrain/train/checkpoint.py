@@ -60,7 +60,7 @@ class Forbidden(ConfigError):
     """There is something, and nobody can say here and now whether it is a good checkpoint."""
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
@@ -70,11 +70,11 @@ def list_checkpoints(root: Path) -> list[Path]:
         final = root / old.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
             old.rename(final)
-    return [folder for folder in _step_folders(root) if (folder / MANIFEST).exists()]
+    return [folder for folder in step_folders(root) if (folder / MANIFEST).exists()]
 
 
-def _step_folders(root: Path) -> list[Path]:
-    return sorted((folder for folder in _named(root, r"step-\d{6,}") if folder.is_dir()), key=_step_of)
+def step_folders(root: Path) -> list[Path]:
+    return sorted((folder for folder in _named(root, r"step-\d{6,}") if folder.is_dir()), key=step_of)
 
 
 def _named(root: Path, pattern: str) -> list[Path]:
@@ -95,14 +95,14 @@ def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
     for root in (output / WARMUP, output / CHECKPOINTS):
         try:
             list_checkpoints(root)  # puts back what a kill left between two names
-            folders += _step_folders(root)
+            folders += step_folders(root)
         except OSError as error:
             raise Forbidden(f"output_dir: {error.filename} can not be read: {error.strerror}") from None
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         try:
             step = check_checkpoint(folder).get("step")
-            if step != _step_of(folder):
+            if step != step_of(folder):
                 raise ConfigError(f"it is of step {step}")
         except Forbidden:
             raise
@@ -115,8 +115,12 @@ def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def set_aside(folder: Path, why: str) -> Path:
     """Renames a checkpoint so that it is not taken for one of the run's: `damaged-1-step-000200`."""
-    names = (folder.with_name(f"{why}-{count}-{folder.name}") for count in itertools.count(1))
-    return folder.rename(next(name for name in names if not name.exists()))
+    return folder.rename(free_name(folder, why))
+
+
+def free_name(path: Path, why: str) -> Path:
+    names = (path.with_name(f"{why}-{count}-{path.name}") for count in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def set_aside_later(output: Path, checkpoint: Path | None) -> list[Path]:
@@ -124,13 +128,18 @@ def set_aside_later(output: Path, checkpoint: Path | None) -> list[Path]:
     that one has another name, also the run's own of its step."""
     if checkpoint is None:
         return []
-    resumed, moved = (stage_of(checkpoint) != WARMUP, _manifest_of(checkpoint)["step"]), []
+    resumed, moved = position(checkpoint), []
     for stage in (WARMUP, CHECKPOINTS):
         for folder in list_checkpoints(output / stage):
-            at = (stage != WARMUP, _step_of(folder))
+            at = (stage != WARMUP, step_of(folder))
             if at > resumed or (at == resumed and folder.resolve() != checkpoint.resolve()):
                 moved.append(set_aside(folder, "replaced"))
     return moved
+
+
+def position(checkpoint: Path) -> tuple[bool, int]:
+    """Whether it is of the second stage, and its step there."""
+    return stage_of(checkpoint) != WARMUP, _manifest_of(checkpoint)["step"]
 
 
 def sha256(file: Path) -> str:

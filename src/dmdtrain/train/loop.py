@@ -15,6 +15,7 @@ from rich.console import Console
 from dmdtrain.config import Config
 from dmdtrain.train import interrupt
 from dmdtrain.train.alarms import BAD_STEPS
+from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP, list_checkpoints
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
 from dmdtrain.train.reports import Reports
@@ -57,11 +58,11 @@ def guarded_step(
     return norm, finite
 
 
-def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, advice: str) -> None:
+def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, rates: Mapping[str, float]) -> None:
     """Counts updates that were skipped because they were not finite; TrainingStopped after `limit` of one role in a row.
 
     Args:
-        bad: the step's updates, and whether each was.
+        bad: the step's updates, and whether each was. rates: the learning rates that a branch should lower, by their keys.
     """
     stage.bad_steps += any(bad.values())
     for name, skipped in bad.items():
@@ -74,9 +75,17 @@ def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, advice: str) ->
             )
         if count >= limit:
             raise TrainingStopped(
-                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row; {advice}, then "
-                "resume from the last checkpoint"
+                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row; lower "
+                f"{' and '.join(rates)} in a branch: {_with_lower(rates, stage.root.parent)}"
             )
+
+
+def _with_lower(rates: Mapping[str, float], output: Path) -> str:
+    """The command that goes on from a run's newest checkpoint, where there is one, with half of these rates."""
+    saved = [folder for stage in (WARMUP, CHECKPOINTS) for folder in list_checkpoints(output / stage)]
+    resume = f"--resume {saved[-1]} " if saved else ""
+    lower = " ".join(f"--set {key}={value / 2:g}" for key, value in rates.items())
+    return f"dmdtrain fit CONFIG {resume}--output-dir NEW_FOLDER {lower}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

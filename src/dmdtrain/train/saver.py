@@ -168,8 +168,9 @@ class Saver:
         )
         if self.failed >= most:
             raise SavesFailed(
-                f"step {self.stage.step}: {most} saves in a row failed ({error}); earlier checkpoints are untouched: make "
-                "room or mend the folder, then run the same command again"
+                f"step {self.stage.step}: {most} saves in a row failed ({error}); "
+                f"{'earlier checkpoints are untouched' if self.saved_step else 'nothing is saved yet'}: make room or mend the "
+                "folder, then run the same command again"
             )
 
     def saved(self, unit: str) -> str:

@@ -329,7 +329,7 @@ def size_text(size: float) -> str:
 def load_run(ckpt: Path) -> Run:
     """The run that a checkpoint belongs to."""
     checkpoints.check_checkpoint(ckpt, "--ckpt")
-    config = configuration.load(checkpoints.file_of(ckpt, "config.yaml"))
+    config = configuration.load_own(checkpoints.file_of(ckpt, "config.yaml"))
     if ckpt.resolve().parent.name in (
         checkpoints.CHECKPOINTS,
         checkpoints.WARMUP,

@@ -218,7 +218,8 @@ class Trainer:
         seconds, self.underway = underway.seconds, None
         self.step += 1
         self.student_updates += due  # even where it was skipped, so that the schedule keeps its length
-        count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
+        rates = {"optimizer.lr": self.config.optimizer.lr, "fake_score.lr": self.config.fake_score.lr}
+        count_bad(self, bad, self.config.train.max_bad_steps, rates)
         with underway.timed(names[-1]):  # it waits for what the device has left to do
             numbers = as_numbers(values)
         numbers |= self.alarms.step(self.step, numbers)
@@ -263,11 +264,19 @@ class Trainer:
     def save(self) -> Path:
         return checkpoints.write_checkpoint(self.root, self.step, *self.content(), self.config.checkpoint.keep)
 
-    def load(self, folder: Path) -> None:
-        """Everything that `content` saved; ConfigError where it is not this run's."""
+    def load(self, folder: Path, *, anew: bool = False) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's.
+
+        Args:
+            anew: without what is done of the next step, which a branch with other settings makes from its beginning.
+        """
         for name, optimizer in self.optimizers.items():
             checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]
             checkpoints.load_optimizer(name, optimizer, folder)
+        for group in self.optimizers[
+            "fake_score"
+        ].param_groups:  # a branch's may differ; the student's is set at every update
+            group["lr"] = self.config.fake_score.lr
         if self.ema is not None:
             average = checkpoints.read_tensors(folder, "ema")
             checkpoints.check_like(folder, "ema", average, self.ema.weights)
@@ -285,7 +294,8 @@ class Trainer:
         self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", tuple(self.optimizers))
         names, n = self._updates(), self.config.samples_per_update
         left = (lambda: batches.ahead().draws.score_noise) if names[0] == "student" else None
-        self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)
+        if not anew:
+            self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
         self._recall_validation()
 

@@ -203,7 +203,7 @@ class Warmup:
                 statistics=total,
                 gradient_norms={"student": norm},
             )
-        count_bad(self, {WARMUP: not finite}, config.train.max_bad_steps, "lower warmup.lr")
+        count_bad(self, {WARMUP: not finite}, config.train.max_bad_steps, {"warmup.lr": config.warmup.lr})
         values = as_numbers(total | {"warmup_grad_norm": norm}) if finite else {}
         values |= self.alarms.step(self.step, values)
         return values | {"lr_warmup": lr, "bad_steps": self.bad_steps}
@@ -226,8 +226,12 @@ class Warmup:
         texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
-    def load(self, folder: Path) -> None:
-        """Everything that `content` saved; ConfigError where it is not this run's."""
+    def load(self, folder: Path, *, anew: bool = False) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's.
+
+        Args:
+            anew: without what is done of the next step, which a branch with other settings makes from its beginning.
+        """
         checkpoints.load_weights(folder, "student", self.roles.named_parameters("student"))
         checkpoints.load_optimizer("student", self.optimizer, folder)
         key = warmup_key(self.run) or "warmup.data"
@@ -236,9 +240,10 @@ class Warmup:
             setattr(self, name, value)
         self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", (WARMUP,))
         n = self.config.samples_per_update
-        self.underway = load_underway(
-            folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
-        )
+        if not anew:
+            self.underway = load_underway(
+                folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
+            )
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
 
     def fit(self) -> None:
