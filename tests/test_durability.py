@@ -268,6 +268,65 @@ def test_a_second_signal_leaves_at_once(start, write, run):
     assert not list_checkpoints(run / "checkpoints") and not half_written(run)
 
 
+def answering(process: subprocess.Popen) -> bool:
+    """Whether it has a handler for SIGUSR1."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGTERM, 0), (signal.SIGINT, 0.3), (signal.SIGUSR1, 1), (signal.SIGTERM, 2)]
+)
+def test_a_signal_while_a_command_starts_is_one_line(write, number, after):
+    """While it imports and loads: in libraries that take no exception there."""
+    args = [sys.executable, "-m", "dmdtrain", "fit", write()]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fit:
+        while not answering(fit):
+            assert fit.poll() is None
+            time.sleep(0.001)
+        time.sleep(after)
+        fit.send_signal(number)
+        _, errors = fit.communicate(timeout=240)
+    assert fit.returncode == CODES[number], errors
+    *before, last = errors.splitlines()
+    assert last == "dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it"
+    assert not before or before == [
+        f"dmdtrain: {number.name}: stopping after this micro-batch; a second signal leaves at once"
+    ]
+
+
+LATE = {
+    "as the command ends": "from dmdtrain import cli; drain = cli._drain; cli._drain = lambda: (late(), drain())",
+    "as the process ends": "import atexit; atexit.register(late)",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("when", LATE)
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_signal_that_comes_late_changes_no_exit_code(write, tmp_path, number, when, code):
+    late = f"import os, sys\ndef late(): os.kill(os.getpid(), {int(number)})\n{LATE[when]}\n"
+    file = write() if code == 0 else tmp_path / "none.yaml"
+    script = f"{late}\nfrom dmdtrain.__main__ import main\nsys.argv[0] = 'dmdtrain'\nmain()"
+    run = subprocess.run(
+        [sys.executable, "-c", script, "config", "show", file], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == code, run.stderr
+    assert len(run.stdout.splitlines()) > 100 if code == 0 else run.stderr == f"dmdtrain: {file}: no such file\n"
+
+
+def test_a_notice_and_a_signal_after_the_save_are_one(start, write, run):
+    fit = start("fit", write())
+    fit.until(lambda: len(steps(run)) >= 2)
+    fit.send(signal.SIGUSR1)
+    fit.until_it_says("SIGUSR1: stopping")
+    while fit.process.is_alive():
+        fit.send(signal.SIGTERM)
+        time.sleep(0.002)
+    assert fit.code() == 75
+
+
 def test_a_signal_that_the_parent_ignores_stays_ignored():
     """As in `nohup` and in jobs of a shell's background."""
     code = """if True:
@@ -599,6 +658,35 @@ def test_a_folder_that_may_not_be_written_any_more(start, write, run):
     assert list_checkpoints(root) == kept and lines(run) == logged
     again = start("fit", write())
     again.until_it_says("resumed from ")
+
+
+def test_folders_that_may_not_be_entered_are_named_by_their_keys(start, write, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    causal = {"rollout.causal": True, "rollout.num_frame_per_block": 1, "warmup.kind": "teacher_forcing"}
+    for changes in (
+        {"output_dir": str(locked / "run")},
+        {"model.base": str(locked / "wan")},
+        {"data.prompts": str(locked / "prompts.txt")},
+        {"validation.prompts": str(locked / "prompts.txt")},
+        {"data.videos": str(locked / "clips"), "dmd.real_data_loss_weight": 0.1},
+        {"warmup.data": str(locked / "made")} | causal,
+    ):
+        values = yaml.safe_load(write().read_text())
+        for key, value in changes.items():
+            group, _, name = key.rpartition(".")
+            (values.setdefault(group, {}) if group else values)[name] = value
+        file = tmp_path / "changed.yaml"
+        file.write_text(yaml.safe_dump(values))
+        refused = start("fit", file)
+        assert refused.code() == 2, (changes, refused.output)
+        key = next(iter(changes))
+        last = refused.output.splitlines()[-1]
+        assert last.startswith(f"dmdtrain: {key}: {locked}/"), (changes, last)
+        assert last.endswith("Permission denied"), (changes, last)
+    refused = start("fit", write(), "--resume", locked / "step-000002")
+    assert refused.code() == 2
+    assert f"dmdtrain: --resume: {locked / 'step-000002'} can not be read: Permission denied" in refused.output
 
 
 def test_a_file_system_that_is_full_read_only_and_gone(start, write, tmp_path):

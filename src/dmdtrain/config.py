@@ -10,7 +10,8 @@ import errno
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,15 @@ def unwritable(key: str, path: Path, error: OSError, done: str = "written") -> E
     if error.errno in NO_ROOM:
         return OSError(error.errno, error.strerror, str(path))
     return ConfigError(f"{key}: {path} can not be {done}: {error.strerror}")
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """What may not be read inside is a mistake in `key`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(f"{key}: {error.filename or 'a file'} can not be read: {error.strerror}") from None
 
 
 class Group(BaseModel):

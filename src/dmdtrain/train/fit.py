@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import BRANCH_OFF, Config, ConfigError, unwritable
+from dmdtrain.config import BRANCH_OFF, Config, ConfigError, reading, unwritable
 from dmdtrain.files import is_partial, make_folder, remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.alarms import BAD_STEPS
@@ -63,7 +63,8 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_score_ranges(config, run.timesteps)
     for folder in (run.base, run.teacher):
         attention_of(config, folder, device_of_this_machine())
-    check_data(run)
+    with reading("warmup.data"):
+        check_data(run)
     try:
         resume = resume_from(run.output_dir, resume)
         check_output(config, resume)
@@ -73,7 +74,8 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     with (
         locked(run.output_dir, console) if clip_sets(run) or not dry_run else nullcontext()
     ):  # a scan writes its report
-        scanned = scan(run, console)
+        with reading("data.videos" if run.config.data.videos is not None else "warmup.data"):
+            scanned = scan(run, console)
         run = with_captions(run, scanned)
         for line in describe(run) + describe_clips(run, scanned):
             console.print(line, soft_wrap=True, highlight=False)
