@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Protocol
@@ -108,6 +108,16 @@ def _rescuing(stage: Stage, saver: Saver, console: Console, unit: str) -> Iterat
         raise
 
 
+@contextmanager
+def telling_unwritten(step: int, console: Console) -> Iterator[None]:
+    """Samples that a disk does not take are told of."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        console.print(f"step {step}: the samples could not be written ({reason}); training goes on", soft_wrap=True)
+
+
 def run_stage(
     stage: Stage,
     total: int,
@@ -132,20 +142,13 @@ def run_stage(
     """
 
     def run_validation(validate: Callable[[MetricsLog], None]) -> None:
-        try:
+        with suppress(interrupt.Interrupted), telling_unwritten(stage.step, console):  # the loop sees the one, too
             validate(log)
-        except interrupt.Interrupted:
-            pass  # the loop sees it, too
-        except OSError as error:
-            console.print(
-                f"step {stage.step}: the samples could not be written ({error.strerror or error}); training goes on",
-                soft_wrap=True,
-            )
         live.restart_clock()
 
     reports = reports or Reports()
     log = MetricsLog(folder, stage.step, config.log.tensorboard, console, reports)
-    saver, paused = Saver(stage, config.checkpoint, console), False
+    saver, paused, told = Saver(stage, config.checkpoint, console), False, 0.0
     reports.enter(stage.step, unit)
     reports.event("started", f"{unit} {stage.step} of {total}")
     try:
@@ -160,9 +163,11 @@ def run_stage(
                         paused = True
                         break
                     last = stage.step == total
-                    live.step(stage.step, "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values))
-                    if stage.step % config.log.every == 0 or last:
-                        log.write(stage.step, values)
+                    text = "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values)
+                    live.step(stage.step, text + (f"  saves {saver.seconds:.1f} s" if saver.seconds else ""))
+                    if stage.step % config.log.every == 0 or last:  # with the saves since the last line
+                        log.write(stage.step, values | {"seconds_save": saver.seconds - told})
+                        told = saver.seconds
                     if saver.after_step(last):
                         live.restart_clock()
                     reports.saved(stage.root, saver.saved_step)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from rich.console import Console
 
-from dmdtrain.config import Checkpoint
+from dmdtrain.config import BRANCH_OFF, Checkpoint
 from dmdtrain.train import interrupt
 from dmdtrain.train.checkpoint import UNDERWAY, Content, SaveFailed, write_checkpoint
 from dmdtrain.train.memory import free_memory, ran_out
@@ -66,6 +66,8 @@ class Saver:
         self.failed = 0
         self._due, self._retry_at, self._told = False, 0, False
         self._clock = time.monotonic()
+        self.seconds = 0.0  # that steps have waited for saves
+        self._sound = True  # the weights, where they were last to be saved
         self._thread: Thread | None = None
         self._in_flight, self._part = 0, False
         self._keep: int | None = None
@@ -82,6 +84,7 @@ class Saver:
         Raises:
             SavesFailed: too many failures in a row.
         """
+        started = time.perf_counter()
         if not self.busy:
             self.wait()
         step, every = self.stage.step, self.settings.every_minutes
@@ -89,6 +92,7 @@ class Saver:
         if not self._due or self._skipping or step < self._retry_at:
             return False
         self.save()
+        self.seconds += time.perf_counter() - started
         return True
 
     @property
@@ -102,7 +106,8 @@ class Saver:
         self._due, self._clock = False, time.monotonic()
         content, self._in_flight = self.stage.content(), self.stage.step
         self._keep = None if self._skipping else self.settings.keep
-        if not sound(content):
+        self._sound = sound(content)
+        if not self._sound:
             self.console.print(f"step {self._in_flight}: the weights are not finite and are not saved", soft_wrap=True)
             return
         self._part = UNDERWAY in content[0]
@@ -183,12 +188,22 @@ class Saver:
         """Waits, and saves what is not saved yet: with pauses and until it works at the end, in one attempt when interrupted.
 
         paused: the stage is within a step, of which no checkpoint knows.
+
+        Raises:
+            TrainingStopped: the weights are not finite.
         """
         self.wait()
         while paused or self.saved_step != self.stage.step:
             self.save()
             self.wait()
-            if not self.failed or interrupt.asked():
+            if interrupt.asked():
+                return
+            if not self._sound:
+                raise TrainingStopped(
+                    f"the weights of step {self.stage.step} are not finite and are not saved; lower the learning rates in a "
+                    f"branch: {BRANCH_OFF}"
+                )
+            if not self.failed:
                 return
             end = time.monotonic() + min(60, 2 ** (self.failed - 1))
             while time.monotonic() < end and not interrupt.asked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import METADATA
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
-from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms
 from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.clips import Clips, warmup_key
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
@@ -202,11 +203,20 @@ class Warmup:
                 prompts=captions,
                 statistics=total,
                 gradient_norms={"student": norm},
+                console=self.console,
+                clips=[str(getattr(sample, "file", sample)) for sample in self._drawn(underway)],
+                more={"timestep": batch.timestep.cpu()},
             )
         count_bad(self, {WARMUP: not finite}, config.train.max_bad_steps, {"warmup.lr": config.warmup.lr})
         values = as_numbers(total | {"warmup_grad_norm": norm}) if finite else {}
         values |= self.alarms.step(self.step, values)
         return values | {"lr_warmup": lr, "bad_steps": self.bad_steps}
+
+    def _drawn(self, underway: Underway) -> list[Any]:
+        """The samples of the step in hand."""
+        samples = self.samples
+        sampler = samples.files if isinstance(samples, Synthesized) else samples.sampler
+        return drawn_again(sampler, underway.random, "files.", self.config.samples_per_update)
 
     def _random(self) -> Tensors:
         """Generator and position in the data, between two steps."""
