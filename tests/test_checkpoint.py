@@ -23,6 +23,7 @@ from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, build
+from dmdtrain.files import sync
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.alarms import ADVICE
 from dmdtrain.train.checkpoint import (
@@ -35,7 +36,7 @@ from dmdtrain.train.checkpoint import (
     step_folder,
     write_checkpoint,
 )
-from dmdtrain.train.fit import check_output, fit, pick_checkpoint
+from dmdtrain.train.fit import check_output, fit, locked, pick_checkpoint
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.saver import SavesFailed
 
@@ -351,6 +352,17 @@ def test_file_systems_that_can_not_sync_folders(tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "fsync", fsync)
     check_checkpoint(write(tmp_path / "run" / "checkpoints", 4))
     assert {str(tmp_path), str(tmp_path / "run")} <= set(folders)  # the new names, too
+    folders.clear()
+    with locked(tmp_path / "a" / "b", Console(quiet=True)):
+        assert folders == [str(tmp_path / "a"), str(tmp_path)]
+    folders.clear()
+    monkeypatch.setattr(os, "fsync", lambda handle: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(tmp_path)
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 # ---------------------------------------------------------------------------------------------------- nested states

@@ -113,7 +113,7 @@ def ckpt(trained) -> Path:
 
 def in_process(*command: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["fit", "none.yaml"]], ids=" ".join)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from dmdtrain.config import BRANCH_OFF, Checkpoint
+from dmdtrain.files import make_folder
 from dmdtrain.train import interrupt
 from dmdtrain.train.checkpoint import UNDERWAY, Content, SaveFailed, write_checkpoint
 from dmdtrain.train.memory import free_memory, ran_out
@@ -61,7 +62,7 @@ class Saver:
 
     def __init__(self, stage: Saved, settings: Checkpoint, console: Console):
         self.stage, self.settings, self.console = stage, settings, console
-        stage.root.mkdir(parents=True, exist_ok=True)
+        make_folder(stage.root)
         self.saved_step, self.saved_part = stage.step, False
         self.failed = 0
         self._due, self._retry_at, self._told = False, 0, False

@@ -15,6 +15,7 @@ from dmdtrain.config import ConfigError
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions, read_latents
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import METADATA
+from dmdtrain.files import make_folder
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
 from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms
@@ -258,7 +259,7 @@ class Warmup:
 
     def fit(self) -> None:
         shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         run_stage(
             *(self, self.config.warmup.steps, self.root, self.config, self.console),
             shown=shown,
