@@ -904,7 +904,7 @@ def test_a_branch_goes_on_with_other_settings(small, tmp_path):
         )
     # The same command goes on, and so does auto, also where the branch was killed before it had saved anything.
     for resume in (str(ckpt), "auto"):
-        assert "nothing to do: the run already has 4 steps" in fitted(branch, resume)
+        assert "nothing to do: the run is at step 4, and train.max_steps is 4" in fitted(branch, resume)
         shutil.rmtree(new / "checkpoints")
         assert f"resumed from {ckpt}, step 2" in fitted(branch, resume)
     # What its tensors are may not change.

@@ -188,7 +188,7 @@ def test_what_is_said_and_kept(whole, made, tmp_path):
     kept = load_file(last(run) / "underway.safetensors")
     assert {key.partition(".")[0] for key in kept} == {"finished", "gradient", "total"}
     nothing = done("fit", file, "--max-steps", 1)
-    assert "nothing to do: the run already has its 1 steps" in nothing
+    assert "nothing to do: the run is at step 1, and train.max_steps is 1" in nothing
     done("fit", file)
     assert_same_to_the_bit(run, whole)
 

@@ -648,7 +648,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
 
 def test_a_finished_run_has_nothing_to_do(whole, wan_folder):
     before = checkpoints(whole)
-    assert "nothing to do: the run already has 3 steps" in done("fit", whole.parent / "run.yaml")
+    assert "nothing to do: the run is at step 3, and train.max_steps is 3" in done("fit", whole.parent / "run.yaml")
     assert checkpoints(whole) == before
 
 

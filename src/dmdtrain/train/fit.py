@@ -122,7 +122,8 @@ def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], rep
             warmup.prepare()
         trainer.warm_up(warmup)
     if trainer.step >= config.train.max_steps and not trainer.lacks_validation():
-        console.print(f"nothing to do: the run already has {trainer.step} steps", soft_wrap=True)
+        at, last = trainer.step, config.train.max_steps
+        console.print(f"nothing to do: the run is at step {at}, and train.max_steps is {last}", soft_wrap=True)
         return
     trainer.fit()
     saved = checkpoints.list_checkpoints(output / CHECKPOINTS)
