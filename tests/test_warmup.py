@@ -599,6 +599,17 @@ def test_a_validation_that_can_not_be_written_is_told(write, data, tmp_path):
     assert "step 0: the samples could not" in told and names(tmp_path / "run" / "checkpoints") == ["step-000002"]
 
 
+def test_a_folder_in_place_of_the_metrics_is_one_line(write, data, tmp_path):
+    file, metrics = write({"warmup.data": str(data)}), tmp_path / "run" / "warmup" / "metrics.jsonl"
+    done("fit", file)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    metrics.unlink()
+    metrics.mkdir()
+    result = run_cli("fit", file)
+    assert result.exit_code == 74
+    assert result.stderr == f"dmdtrain: {metrics} can not be read or written: Is a directory\n"
+
+
 def interrupt(monkeypatch, owner: type, step: int) -> None:
     """Ctrl-C in the train_step of that number."""
     work = owner.train_step

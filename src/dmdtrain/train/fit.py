@@ -186,7 +186,7 @@ def _take_over(stage: Trainer | Warmup, checkpoint: Path) -> None:
 def _branched_from(output: Path) -> Path | None:
     """The checkpoint that a run went on from as a branch."""
     file = output / BRANCH
-    return Path(file.read_text(encoding="utf-8").strip()) if file.is_file() else None
+    return Path(file.read_text(encoding="utf-8", errors="replace").strip()) if file.is_file() else None
 
 
 def resume_from(output: Path, resume: str) -> str:
@@ -197,7 +197,7 @@ def resume_from(output: Path, resume: str) -> str:
     if resume == "never":
         return resume
     begun, own = _branched_from(output), output / CHECKPOINTS
-    if resume != "auto":
+    if resume != "auto" and Path(os.path.realpath(resume)) != begun:
         names = [Path(resume), own / resume] + ([step_folder(own, int(resume))] if resume.isdecimal() else [])
         try:
             folder = next((folder for folder in names if folder.is_dir()), None)
@@ -208,8 +208,7 @@ def resume_from(output: Path, resume: str) -> str:
                 f"--resume: {resume}: no such folder; valid are auto, never and a checkpoint: its folder or, of this run, its "
                 "name (step-000200) or step"
             )
-        if folder.resolve() != begun:
-            return str(folder)
+        return str(folder)
     saved = checkpoints.list_checkpoints(own) or checkpoints.list_checkpoints(output / WARMUP)
     return "auto" if saved or begun is None else str(begun)
 
