@@ -36,8 +36,9 @@ from dmdtrain.train.checkpoint import (
     step_folder,
     write_checkpoint,
 )
-from dmdtrain.train.fit import check_output, fit, locked, pick_checkpoint
+from dmdtrain.train.fit import fit
 from dmdtrain.train.log import Live, MetricsLog
+from dmdtrain.train.resume import check_output, locked, pick_checkpoint
 from dmdtrain.train.saver import SavesFailed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
