@@ -679,6 +679,13 @@ def test_going_back_into_the_warm_up(whole, busy, tmp_path):
         assert [line["step"] for line in metrics(output)] == [1, 2, 3]
 
 
+def test_a_branch_of_the_warm_up_has_another_rate(whole, busy, tmp_path):
+    ckpt, branch = whole / "warmup" / "step-000002", tmp_path / "branch"
+    told = done("fit", busy, "--resume", ckpt, "--output-dir", branch, "--set", "warmup.lr=1e-5")
+    assert f"branch of {ckpt}" in told and "changed warmup.lr: " in told
+    assert [line["lr_warmup"] for line in metrics(branch / "warmup")] == [1e-5] * 3
+
+
 def test_a_run_with_another_warm_up_is_another_run(whole, write, data, tmp_path):
     shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
     for changes, says in (

@@ -277,7 +277,8 @@ class Trainer:
         """Everything that `content` saved; ConfigError where it is not this run's.
 
         Args:
-            anew: without what is done of the next step, which a branch with other settings makes from its beginning.
+            anew: without the gradients of the next step, which a branch with other settings makes from its beginning. An update
+                that is done of it stays in the weights.
         """
         for name, optimizer in self.optimizers.items():
             checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]

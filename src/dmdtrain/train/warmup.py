@@ -241,7 +241,7 @@ class Warmup:
         """Everything that `content` saved; ConfigError where it is not this run's.
 
         Args:
-            anew: without what is done of the next step, which a branch with other settings makes from its beginning.
+            anew: without the gradients of the next step, which a branch with other settings makes from its beginning.
         """
         checkpoints.load_weights(folder, "student", self.roles.named_parameters("student"))
         checkpoints.load_optimizer("student", self.optimizer, folder)
