@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import done, run_cli
 from rich.console import Console
 
 from dmdtrain import config as configuration
@@ -985,3 +986,17 @@ def test_names_that_are_taken_by_something_else(small, name):
         place.write_text("")
         says = "is not a folder"
     assert refusal(fitted, small) == f"output_dir: {place} {says}"
+
+
+def test_what_is_told_of_a_run_that_diverges_can_be_followed(settings, tmp_path):
+    file = tmp_path / "run.yaml"
+    settings["optimizer"]["lr"] = settings["fake_score"]["lr"] = 1e30
+    settings["checkpoint"]["every"] = settings["train"]["max_bad_steps"] = 1
+    file.write_text(yaml.safe_dump(settings))
+    stopped = run_cli("fit", file)
+    assert stopped.exit_code == 1
+    (line,) = stopped.stderr.splitlines()
+    command = line.partition("dmdtrain fit CONFIG ")[2].replace("NEW_FOLDER", str(tmp_path / "branch")).split()
+    told = done("fit", file, *command, "--dry-run")
+    assert "changed fake_score.lr: 1e+30 -> 5e+29 changed optimizer.lr: 1e+30 -> 5e+29" in told
+    assert f"branch of {tmp_path / 'run' / 'checkpoints' / 'step-00000'}" in told
