@@ -28,7 +28,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dmdtrain.miniature.clips import render, split_captions
-from dmdtrain.train import commands, fit, warmup  # noqa: F401 (what every fork needs)
+from dmdtrain.train import commands, fit, interrupt, warmup  # noqa: F401 (what every fork needs)
 from dmdtrain.train.checkpoint import check_checkpoint, list_checkpoints
 from dmdtrain.train.interrupt import BY_MACHINE
 from dmdtrain.train.validation import write_mp4
@@ -96,6 +96,8 @@ def write_config(root: Path, kind: str) -> Path:
 
 def run_fit(config: Path, output: Path, log: Path) -> None:
     """In a fork: `dmdtrain fit`."""
+    interrupt.listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -110,7 +112,9 @@ def start(config: Path, output: Path) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(
         target=run_fit, args=(config, output, output.with_suffix(".log"))
     )
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)  # until the fork can answer
     process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
     return process
 
 
@@ -142,7 +146,9 @@ def kill_once(config: Path, output: Path, chance: random.Random, seconds: float)
     if chance.random() < 0.25:
         process.terminate()
         process.join()
-        return SIGTERM if process.exitcode in (-signal.SIGTERM, BY_MACHINE) else None
+        if process.exitcode not in (0, BY_MACHINE):
+            sys.exit(f"a SIGTERM ended a run with {process.exitcode}:\n{output.with_suffix('.log').read_text()}")
+        return SIGTERM if process.exitcode == BY_MACHINE else None
     process.kill()
     process.join()
     if process.exitcode != -signal.SIGKILL:

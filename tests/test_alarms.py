@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_files import write_clip
 from rich.console import Console
 from safetensors.torch import load_file
 
+from dmdtrain.config import BRANCH_OFF, ConfigError, build
 from dmdtrain.config import Alarms as Settings
-from dmdtrain.config import ConfigError, build
 from dmdtrain.train.alarms import ADVICE, WATCHED, Alarms, Running, load_alarms, measure
 from dmdtrain.train.fit import fit
 from dmdtrain.train.setup import resolve
@@ -71,7 +73,9 @@ def test_an_alarm_begins_once_names_its_key_and_can_begin_again(name):
     assert feed(alarms, name, noisy(quiet, 60))[f"alarms_{rule}"] == 0 and not told
     assert feed(alarms, name, [loud] * 8, 61)[f"alarms_{rule}"] == 1
     assert len(told) == 1 and told[0].startswith("alarm at step 6") and f"{name} is " in told[0]
-    assert told[0].endswith(f"(alarms.{rule}: {getattr(Settings(), rule):g}); {ADVICE[rule]}")
+    assert told[0].endswith(
+        f"(alarms.{rule}: {getattr(Settings(), rule):g}); {ADVICE[rule]}; changes go into a branch: {BRANCH_OFF}"
+    )
     feed(alarms, name, noisy(quiet, 30), 69)
     feed(alarms, name, [loud] * 8, 99)  # within a window it is the same one
     assert len(told) == 1
@@ -249,3 +253,17 @@ def test_a_bad_step_on_a_full_disk_is_only_told(values):
     trainer.roles.parameters("student")[1].register_hook(lambda g: g * math.nan)
     trainer.train_step()
     assert "step 1: bad_steps can not be written (" in printed.file.getvalue()
+
+
+def test_a_bad_step_names_its_clips(values, tmp_path):
+    for number in range(5):
+        write_clip(tmp_path / "clips" / f"{number}.mp4", 9, caption="a dog")
+    values["data"]["videos"], values["dmd"]["real_data_loss_weight"] = str(tmp_path / "clips"), 0.5
+    trainer = Trainer(resolve(build(values)), Console(quiet=True))
+    trainer.train_step()
+    trainer.roles.parameters("student")[1].register_hook(lambda g: g * math.nan)
+    drawn, before = copy.deepcopy(trainer.real.clips.sampler).draw(2), trainer.real.generator.get_state()
+    trainer.train_step()
+    name = trainer.run.output_dir / "bad_steps" / "step-000002-student"
+    assert json.loads(name.with_suffix(".json").read_text())["clips"] == [str(sample.file) for sample in drawn]
+    assert torch.equal(load_file(name.with_suffix(".safetensors"))["real.generator"], before)

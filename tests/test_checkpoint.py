@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import itertools
 import json
 import math
+import os
+import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import done, run_cli
 from rich.console import Console
 
 from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, build
+from dmdtrain.files import sync
 from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train.alarms import ADVICE
 from dmdtrain.train.checkpoint import (
     check_checkpoint,
     join_state,
@@ -30,8 +37,9 @@ from dmdtrain.train.checkpoint import (
     step_folder,
     write_checkpoint,
 )
-from dmdtrain.train.fit import check_output, fit, pick_checkpoint
+from dmdtrain.train.fit import fit
 from dmdtrain.train.log import Live, MetricsLog
+from dmdtrain.train.resume import check_output, locked, pick_checkpoint
 from dmdtrain.train.saver import SavesFailed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -301,7 +309,62 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
     manifest.write_text(good[: len(good) // 2])
     assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: manifest.json is broken"
     manifest.write_text(good.replace('"format": 1', '"format": 2'))
-    assert refusal(check_checkpoint, folder) == f"checkpoint: {folder}: format 2; this version reads 1"
+    newer = f"checkpoint: {folder}: format 2 is newer than this dmdtrain reads; valid is 1"
+    assert refusal(check_checkpoint, folder) == newer
+
+
+def test_sizes_are_compared_before_anything_is_read(folder, monkeypatch):
+    (folder / "student.safetensors").write_bytes((folder / "student.safetensors").read_bytes()[:-1])
+    monkeypatch.setattr(checkpoints, "sha256", pytest.fail)
+    line = refusal(check_checkpoint, folder)
+    assert line == f"checkpoint: {folder}: student.safetensors is damaged (its size differs)"
+
+
+def test_what_can_not_be_read_now_is_not_damaged(run, settings_of_a_run):
+    """A real EIO: that is what reading /proc/self/mem from its start gives. Nothing is renamed, no older one is used."""
+    newest = run / "checkpoints" / "step-000004"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["bytes"]["student.safetensors"] = 0
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "student.safetensors").unlink()
+    (newest / "student.safetensors").symlink_to("/proc/self/mem")
+    says = f"{newest / 'student.safetensors'} can not be read: Input/output error"
+    assert refusal(find_resume, build(settings_of_a_run), "auto") == f"checkpoint: {says}"
+    assert refusal(find_resume, build(settings_of_a_run), str(newest)) == f"--resume: {says}"
+
+
+def test_a_newer_format_is_not_damage(run, settings_of_a_run):
+    newest = run / "checkpoints" / "step-000004" / "manifest.json"
+    newest.write_text(newest.read_text().replace('"format": 1', '"format": 7'))
+    line = refusal(find_resume, build(settings_of_a_run), "auto")
+    assert line.endswith("step-000004: format 7 is newer than this dmdtrain reads; valid is 1")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_can_not_sync_folders(tmp_path, monkeypatch, number):
+    """Some of FUSE and of networks."""
+    real, folders = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            folders.append(os.readlink(f"/proc/self/fd/{handle}"))
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    check_checkpoint(write(tmp_path / "run" / "checkpoints", 4))
+    assert {str(tmp_path), str(tmp_path / "run")} <= set(folders)  # the new names, too
+    folders.clear()
+    with locked(tmp_path / "a" / "b", Console(quiet=True)):
+        assert folders == [str(tmp_path / "a"), str(tmp_path)]
+    folders.clear()
+    monkeypatch.setattr(os, "fsync", lambda handle: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(tmp_path)
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 # ---------------------------------------------------------------------------------------------------- nested states
@@ -466,7 +529,7 @@ def test_resume_auto_takes_the_newest_whole_one(run, settings_of_a_run):
         {
             root / "step-000016": "it is of step 4",
             root / "step-000014": "not a checkpoint (manifest.json is missing)",
-            root / "step-000010": "state.json is damaged (its checksum differs)",
+            root / "step-000010": "state.json is damaged (its size differs)",
         },
     )
     for step in (2, 4):
@@ -538,8 +601,10 @@ def test_another_configuration_is_refused_by_its_key(run, settings_of_a_run, res
         ({"optimizer.lr": 2e-3, "train.seed": 5}, "optimizer.lr: 0.001 -> 0.002 and 1 more"),
         ({"ema.decay": 0.6, "dmd.timestep_shift": 2.0, "data.caption_dropout": 0.1}, " and 2 more"),
     ):
-        line = refusal(find_resume, changed(settings_of_a_run, **changes), resume)
+        line, _, hint = refusal(find_resume, changed(settings_of_a_run, **changes), resume).partition("; ")
         assert line.startswith(what + ": ") and line.endswith(says), line
+        alone = changes.keys() <= {"optimizer.lr", "ema.decay", "dmd.timestep_shift", "data.caption_dropout"}
+        assert hint == f"a branch may change it: {configuration.BRANCH_OFF}" * alone
 
 
 def test_what_may_change_when_a_run_goes_on(run, settings_of_a_run):
@@ -575,7 +640,7 @@ def test_a_decaying_schedule_fixes_the_length(settings_of_a_run, tmp_path, sched
     (output / "config.yaml").write_text(configuration.dump(config))
     for resume in ("auto", str(newest)):
         line = refusal(find_resume, changed(settings, **{"train.max_steps": 6}), resume)
-        assert line.endswith(": train.max_steps: 4 -> 6 (the schedule depends on it)")
+        assert ": train.max_steps: 4 -> 6 (the schedule depends on it); a branch may change it: dmdtrain fit " in line
         # One more step is no more student updates.
         assert find_resume(changed(settings, **{"train.max_steps": 5}), resume) == newest
     # Nor may the schedule change.
@@ -592,6 +657,38 @@ def test_folders_of_others_are_left_alone(settings_of_a_run, tmp_path):
         line = refusal(find_resume, changed(settings_of_a_run, output_dir=str(foreign / "photo.jpg")), resume)
         assert line == f"output_dir: {foreign / 'photo.jpg'} is not a folder"
     assert sorted(f.name for f in foreign.iterdir()) == ["cache", "photo.jpg"]
+
+
+@pytest.mark.parametrize("text", [None, "", "half"])
+def test_a_configuration_that_is_lost_is_found_in_the_checkpoints(run, settings_of_a_run, text):
+    config, file = build(settings_of_a_run), run / "config.yaml"
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2] if text == "half" else text or "")
+    if text is None:
+        file.unlink()
+    assert find_resume(config, "auto") == run / "checkpoints" / "step-000004"
+    assert "belongs to another run: optimizer.lr: " in refusal(
+        find_resume, changed(settings_of_a_run, **{"optimizer.lr": 1.0}), "auto"
+    )
+    for step in (2, 4):
+        (run / "checkpoints" / f"step-{step:06d}" / "state.json").unlink()
+    line = refusal(find_resume, config, "auto")
+    assert line.startswith(f"output_dir: {file}") and "no undamaged checkpoint is left; choose another" in line
+
+
+def test_caches_within_output_dir_are_no_strangers(settings_of_a_run, tmp_path):
+    inside = {"data.cache_dir": str(tmp_path / "run" / "embeddings"), "model.precision": "int8"}
+    inside |= {"model.quantized_cache": str(tmp_path / "run" / "models" / "int8")}
+    for name in ("embeddings/text", "models/int8"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("slurm-1.out", "fit.log"):
+        (tmp_path / "run" / name).write_text("step 1")
+    for resume in ("auto", "never"):
+        assert find_resume(changed(settings_of_a_run, **inside), resume) is None
+    (tmp_path / "run" / "embeddings").rename(tmp_path / "run" / "text")
+    assert find_resume(changed(settings_of_a_run, **inside | {"data.cache_dir": str(tmp_path / "run")}), "auto") is None
+    line = refusal(find_resume, build(settings_of_a_run), "auto")
+    assert line == f"output_dir: {tmp_path / 'run'} is not empty and holds no run of dmdtrain; choose another"
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -766,3 +863,140 @@ def test_a_checkpoint_holds_no_pickle_and_says_what_it_is(small, tmp_path):
         "bad_in_a_row": {"student": 0, "fake_score": 0},
     }
     assert set(check_checkpoint(folder)["sha256"]) == files - {"manifest.json"}
+
+
+# ---------------------------------------------------------------------------------------------------- branches
+
+
+def fitted(config: Config, resume: str = "auto") -> str:
+    """What `fit` says."""
+    printed = Console(file=io.StringIO(), width=1000)
+    fit(config, resume, printed)
+    return printed.file.getvalue()  # type: ignore[attr-defined]
+
+
+def altered(config: Config, **changes: object) -> Config:
+    return configuration.changed(config, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_a_branch_goes_on_with_other_settings(small, tmp_path):
+    fitted(small)
+    old, before = Path(small.output_dir), listing(Path(small.output_dir))
+    ckpt, new = old / "checkpoints" / "step-000002", tmp_path / "branch"
+    branch = altered(
+        small, optimizer__lr=5e-4, fake_score__lr=2e-4, dmd__real_score_guidance_scale=2.0, output_dir=str(new)
+    )
+    said = fitted(branch, str(ckpt))
+    assert f"branch          of {ckpt}\n" in said and f"resumed from {ckpt}, step 2" in said
+    assert [line.split(maxsplit=1)[1] for line in said.splitlines() if line.startswith("changed ")] == [
+        "fake_score.lr: 0.001 -> 0.0002",
+        "dmd.real_score_guidance_scale: 3.0 -> 2.0",
+        "optimizer.lr: 0.001 -> 0.0005",
+    ]
+    assert listing(old) == before
+    assert configuration.load_own(new / "config.yaml") == branch
+    assert names(new / "checkpoints") == ["step-000002", "step-000004"]
+    for role, rate in (("student", 5e-4), ("fake_score", 2e-4)):
+        tree = read_json(new / "checkpoints" / "step-000004", f"optimizer_{role}.json")
+        assert (
+            join_state(read_tensors(new / "checkpoints" / "step-000004", f"optimizer_{role}"), tree)["param_groups"][0][
+                "lr"
+            ]
+            == rate
+        )
+    # The same command goes on, and so does auto, also where the branch was killed before it had saved anything.
+    for resume in (str(ckpt), "auto"):
+        assert "nothing to do: the run is at step 4, and train.max_steps is 4" in fitted(branch, resume)
+        shutil.rmtree(new / "checkpoints")
+        assert f"resumed from {ckpt}, step 2" in fitted(branch, resume)
+    ckpt.rename(ckpt.with_name("away"))  # it is not needed any more
+    assert "nothing to do" in fitted(branch, str(ckpt))
+    ckpt.with_name("away").rename(ckpt)
+    # What its tensors are may not change.
+    for key, value in (("student.rank", 8), ("optimizer.betas", (0.5, 0.9)), ("ema.enabled", False)):
+        wrong = {"ema.validate_with": "raw"} | {key: value, "output_dir": str(tmp_path / "wrong")}
+        assert f"another configuration: {key}: " in refusal(fitted, configuration.changed(small, wrong), str(ckpt))
+
+
+def test_a_branch_without_changes_comes_to_the_same_bits(small, tmp_path):
+    fitted(small)
+    first = Path(small.output_dir) / "checkpoints"
+    said = fitted(altered(small, output_dir=str(tmp_path / "branch")), str(first / "step-000002"))
+    assert "branch  " not in said
+    second = tmp_path / "branch" / "checkpoints"
+    for step in ("step-000002", "step-000004"):
+        for file in (first / step).glob("*.safetensors"):
+            assert file.read_bytes() == (second / step / file.name).read_bytes(), (step, file.name)
+        assert (first / step / "state.json").read_text() == (second / step / "state.json").read_text()
+
+
+def test_what_every_advice_names_a_branch_may_change():
+    keys = {key for text in ADVICE.values() for key in re.findall(r"[a-z_]+\.[a-z_]+", text)}
+    assert len(keys) == 4 and keys <= set(configuration.BRANCHABLE)
+
+
+def test_going_back_to_a_copy_sets_aside_what_came_after(small):
+    fitted(small)
+    output, root = Path(small.output_dir), Path(small.output_dir) / "checkpoints"
+    last = listing(root / "step-000004")
+    shutil.copytree(root / "step-000002", root / "best")
+    (output / "samples" / "step-000004").mkdir(parents=True)
+    fitted(small, str(root / "step-000004"))  # it is the newest: nothing is set aside
+    assert sorted(f.name for f in root.iterdir()) == ["best", "step-000002", "step-000004"]
+    said = fitted(altered(small, train__max_steps=3), "best")
+    aside = [line.split(",")[0] for line in said.splitlines() if line.startswith("set aside: ")]
+    assert [Path(line).name for line in aside] == [
+        *("replaced-1-step-000002", "replaced-1-step-000004", "replaced-1-metrics.jsonl", "replaced-1-step-000004")
+    ]
+    assert [json.loads(line)["step"] for line in (output / "replaced-1-metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert names(root) == ["step-000002", "step-000003"]
+    assert f"resumed from {root / 'step-000003'}" in fitted(small)
+    again = listing(root / "step-000004")
+    assert {k: v for k, v in again.items() if "safetensors" in k} == {
+        k: v for k, v in last.items() if "safetensors" in k
+    }
+
+
+def test_names_of_checkpoints(small, tmp_path):
+    fitted(small)
+    root = Path(small.output_dir) / "checkpoints"
+    for resume in ("4", "step-000004"):
+        assert f"resumed from {root / 'step-000004'}" in fitted(small, resume)
+    for resume in ("latest", "Auto", "3", "/step-x"):
+        assert "valid are auto, never and a checkpoint" in refusal(fitted, small, resume)
+    (tmp_path / "none").write_text("")
+    assert "valid are auto, never" in refusal(fitted, small, str(tmp_path / "none" / "x"))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "warmup", "metrics.jsonl"])
+def test_names_that_are_taken_by_something_else(small, name):
+    fitted(altered(small, train__max_steps=2))
+    place = Path(small.output_dir) / name
+    if name == "metrics.jsonl":
+        place.unlink()
+        place.mkdir()
+        says = "is not a file"
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+        place.write_text("")
+        says = "is not a folder"
+    assert refusal(fitted, small) == f"output_dir: {place} {says}"
+
+
+def test_what_is_told_of_a_run_that_diverges_can_be_followed(settings, tmp_path):
+    file = tmp_path / "run.yaml"
+    settings["optimizer"]["lr"] = settings["fake_score"]["lr"] = 1e30
+    settings["checkpoint"]["every"] = settings["train"]["max_bad_steps"] = 1
+    file.write_text(yaml.safe_dump(settings))
+    stopped = run_cli("fit", file)
+    assert stopped.exit_code == 1
+    (line,) = stopped.stderr.splitlines()
+    command = line.partition("dmdtrain fit CONFIG ")[2].replace("NEW_FOLDER", str(tmp_path / "branch")).split()
+    told = done("fit", file, *command, "--dry-run")
+    assert "changed fake_score.lr: 1e+30 -> 5e+29 changed optimizer.lr: 1e+30 -> 5e+29" in told
+    assert f"branch of {tmp_path / 'run' / 'checkpoints' / 'step-00000'}" in told

@@ -113,7 +113,7 @@ def ckpt(trained) -> Path:
 
 def in_process(*command: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["fit", "none.yaml"]], ids=" ".join)
@@ -195,6 +195,28 @@ def test_a_causal_student_is_described_with_its_warm_up_or_warned_without(config
     assert "warm-up         teacher_forcing, 7 steps at lr 0.0001, on 5 videos of the teacher in 4" in result.stdout
     assert "warning" not in result.stdout
     assert "warning" not in run_cli("fit", config_file(), "--dry-run").stdout
+
+
+def test_settings_that_a_short_run_makes_nothing_of_are_told(config_file):
+    """No mistake: a file for 4,000 steps is tried with --max-steps 10."""
+    causal = {
+        "rollout.causal": True,
+        "rollout.num_frame_per_block": 1,
+        "warmup.kind": "teacher_forcing",
+        "warmup.steps": 5,
+    }
+    file = config_file(causal | {"warmup.lr_warmup_steps": 5, "ema.every": 3, "schedule.warmup_steps": 3})
+    told = [
+        line.partition("warning ")[2].strip()
+        for line in run_cli("fit", file, "--dry-run", "--max-steps", 4).stdout.splitlines()
+    ]
+    assert [text.split(":")[0] for text in told if text] == [
+        "ema.every",
+        "schedule.warmup_steps",
+        "warmup.lr_warmup_steps",
+    ]
+    quiet = config_file(causal | {"warmup.lr_warmup_steps": 4, "ema.every": 2, "schedule.warmup_steps": 1})
+    assert "warning" not in run_cli("fit", quiet, "--dry-run", "--max-steps", 4).stdout
 
 
 def test_options_are_overrides(config_file, tmp_path):
@@ -426,8 +448,8 @@ def test_output_folder_of_another_run(trained, ckpt, tmp_path):
     )
     refused("fit", run / "run.yaml", "--resume", "never", says=["output_dir: ", "already holds a run", "--output-dir"])
     refused(
-        *("fit", run / "run.yaml", *lr, "--output-dir", tmp_path / "new", "--resume", ckpt),
-        says=[f"--resume: {ckpt} is a checkpoint of another configuration: {other}"],
+        *("fit", run / "run.yaml", *lr, "--set", "train.seed=5", "--output-dir", tmp_path / "new", "--resume", ckpt),
+        says=[f"--resume: {ckpt} is a checkpoint of another configuration: train.seed: 0 -> 5"],
     )
     refused(
         *("fit", trained["full"] / "run.yaml", "--resume", ckpt),
@@ -451,6 +473,7 @@ def edited_checkpoint(ckpt: Path, folder: Path, edit: Callable[[str], str]) -> P
     (copied / "config.yaml").write_text(edit((copied / "config.yaml").read_text()))
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["sha256"]["config.yaml"] = sha256(copied / "config.yaml")
+    manifest["bytes"]["config.yaml"] = (copied / "config.yaml").stat().st_size
     (copied / "manifest.json").write_text(json.dumps(manifest))
     return copied
 
@@ -488,7 +511,7 @@ def test_commands_on_what_is_no_checkpoint(command, trained, ckpt, tmp_path):
     check(damaged(flip), "student.safetensors is damaged (its checksum differs)")
     check(damaged(remove("ema.safetensors")), "ema.safetensors is missing")
     check(damaged(write("manifest.json", '{"format": 1, "sha')), "manifest.json is broken")
-    check(damaged(write("manifest.json", '{"format": 2}')), "format 2; this version reads 1")
+    check(damaged(write("manifest.json", '{"format": 2}')), "format 2 is newer than this dmdtrain reads; valid is 1")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,6 +20,7 @@ from dmdtrain.config import (
     groups,
     known_keys,
     load,
+    load_own,
     nested_get,
     read,
 )
@@ -689,10 +690,12 @@ MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
 )
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(60)  # seconds would do; the machine may be busy
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (f"a: [&a {'x' * 50_000}{', *a' * 5}]", "more than 256 KiB of text, with every alias written out"),
+        (f"a: &a {'ä' * 70_000}\nb: *a", "more than 256 KiB of text, with every alias written out"),
         (BOMB, "more than 20,000 values, with every alias written out"),
         (MERGE_BOMB, "more than 20,000 values, with every alias written out"),
         ("a: &a [*a]", "nested more than 16 deep (line 1)"),
@@ -714,6 +717,18 @@ MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
 )
 def test_files_that_would_do_harm(refusal, text, says):
     assert refusal(text).startswith(says)
+
+
+def test_the_largest_file_is_read_back_as_it_is_dumped(tmp_path):
+    """Many short prompts and a long one: a dump has a line for each."""
+    prompts = [f'"{n % 10}"' for n in range(18_000)] + ["x" * 170_000]
+    text = f"data: {{prompts: x}}\nvalidation: {{prompts: [{','.join(prompts)}]}}"
+    assert len(text.encode()) < 256 * 1024
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    config = load(tmp_path / "run.yaml")
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert (tmp_path / "config.yaml").stat().st_size > 256 * 1024
+    assert load_own(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])

@@ -110,6 +110,7 @@ def signed(ckpt: Path) -> None:
     """The manifest vouches for what is there now."""
     manifest = json.loads((ckpt / "manifest.json").read_text())
     manifest["sha256"] = {name: hashlib.sha256((ckpt / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
+    manifest["bytes"] = {name: (ckpt / name).stat().st_size for name in manifest["sha256"]}
     (ckpt / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -201,11 +202,15 @@ def named(name: str) -> Callable[[dict], dict]:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict], object], str]] = {
-    "newer": (edited(format=2), "format 2; this version reads 1"),
-    "much newer": (edited(format=10**30), "this version reads 1"),
-    "a word": (edited(format="one"), "format 'one'; this version reads 1"),
-    "a list": (edited(format=[1]), "format [1]; this version reads 1"),
-    "null": (edited(format=None), "format None; this version reads 1"),
+    "newer": (edited(format=2), "format 2 is newer than this dmdtrain reads; valid is 1"),
+    "much newer": (edited(format=10**30), "is newer than this dmdtrain reads; valid is 1"),
+    "a word": (edited(format="one"), "manifest.json is broken"),
+    "a list": (edited(format=[1]), "manifest.json is broken"),
+    "null": (edited(format=None), "manifest.json is broken"),
+    "true": (edited(format=True), "manifest.json is broken"),
+    "zero": (edited(format=0), "manifest.json is broken"),
+    "no format": (lambda m: {k: v for k, v in m.items() if k != "format"}, "manifest.json is broken"),
+    "sizes of a list": (edited(bytes=[1]), "manifest.json is broken"),
     "no sums": (lambda m: {k: v for k, v in m.items() if k != "sha256"}, "manifest.json is broken"),
     "sums of a list": (edited(sha256=["student.safetensors"]), "manifest.json is broken"),
     "sums of nothing": (edited(sha256={}), "manifest.json is broken"),

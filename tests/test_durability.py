@@ -87,7 +87,7 @@ class Command:
     def output(self) -> str:
         return b"".join(self._parts).decode()
 
-    def until(self, true: Callable[[], object], seconds: float = 60) -> None:
+    def until(self, true: Callable[[], object], seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert self.process.is_alive() and time.monotonic() < end, self.output
@@ -96,7 +96,7 @@ class Command:
     def until_it_says(self, text: str) -> None:
         self.until(lambda: text in " ".join(self.output.split()))
 
-    def code(self, seconds: float = 60) -> int:
+    def code(self, seconds: float = 240) -> int:
         self.process.join(seconds)
         assert not self.process.is_alive(), self.output
         self._reading.join(5)
@@ -210,7 +210,7 @@ def test_a_terminal_that_takes_nothing_stops_nothing(start, write, tmp_path):
 def test_an_output_that_is_lost_changes_no_exit_code(write, unbuffered, redirect, code, says):
     command = f"set -o pipefail; {sys.executable} -m dmdtrain fit {write()} --dry-run {redirect}"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == code, run.stderr
     assert run.stderr == ("" if unbuffered else says)
 
@@ -264,8 +264,67 @@ def test_a_second_signal_leaves_at_once(start, write, run):
     fit.send(signal.SIGTERM)
     fit.until_it_says("SIGTERM: stopping after this micro-batch; a second signal leaves at once")
     fit.send(signal.SIGTERM)
-    assert fit.code(5) == 75
+    assert fit.code(60) == 75
     assert not list_checkpoints(run / "checkpoints") and not half_written(run)
+
+
+def answering(process: subprocess.Popen) -> bool:
+    """Whether it has a handler for SIGUSR1."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGTERM, 0), (signal.SIGINT, 0.3), (signal.SIGUSR1, 1), (signal.SIGTERM, 2)]
+)
+def test_a_signal_while_a_command_starts_is_one_line(write, number, after):
+    """While it imports and loads: in libraries that take no exception there."""
+    args = [sys.executable, "-m", "dmdtrain", "fit", write()]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as fit:
+        while not answering(fit):
+            assert fit.poll() is None
+            time.sleep(0.001)
+        time.sleep(after)
+        fit.send_signal(number)
+        _, errors = fit.communicate(timeout=600)
+    assert fit.returncode == CODES[number], errors
+    *before, last = errors.splitlines()
+    assert last == "dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it"
+    assert not before or before == [
+        f"dmdtrain: {number.name}: stopping after this micro-batch; a second signal leaves at once"
+    ]
+
+
+LATE = {
+    "as the command ends": "from dmdtrain import cli; drain = cli._drain; cli._drain = lambda: (late(), drain())",
+    "as the process ends": "import atexit; atexit.register(late)",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("when", LATE)
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_signal_that_comes_late_changes_no_exit_code(write, tmp_path, number, when, code):
+    late = f"import os, sys\ndef late(): os.kill(os.getpid(), {int(number)})\n{LATE[when]}\n"
+    file = write() if code == 0 else tmp_path / "none.yaml"
+    script = f"{late}\nfrom dmdtrain.__main__ import main\nsys.argv[0] = 'dmdtrain'\nmain()"
+    run = subprocess.run(
+        [sys.executable, "-c", script, "config", "show", file], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == code, run.stderr
+    assert len(run.stdout.splitlines()) > 100 if code == 0 else run.stderr == f"dmdtrain: {file}: no such file\n"
+
+
+def test_a_notice_and_a_signal_after_the_save_are_one(start, write, run):
+    fit = start("fit", write())
+    fit.until(lambda: len(steps(run)) >= 2)
+    fit.send(signal.SIGUSR1)
+    fit.until_it_says("SIGUSR1: stopping")
+    while fit.process.is_alive():
+        fit.send(signal.SIGTERM)
+        time.sleep(0.002)
+    assert fit.code() == 75
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored():
@@ -321,7 +380,7 @@ def test_signals_in_the_warm_up_and_while_its_data_are_made(start, write, run, t
     making = start("fit", file)
     making.until(lambda: made.exists() and len(list(made.iterdir())) > 2)
     making.send(signal.SIGTERM)
-    assert making.code(10) == 75
+    assert making.code(60) == 75
     assert not half_written(run)
     before = len(list(made.iterdir()))
     assert before < 200 and not steps(run / "warmup")
@@ -368,7 +427,7 @@ def test_a_signal_while_the_teacher_makes_samples(start, write, tmp_path):
     first = start("synthesize", file, "--out", out, "--what", "videos", "--count", 60, "--steps", 4)
     first.until(lambda: list((out / "samples").glob("*.mp4")))
     first.send(signal.SIGTERM)
-    assert first.code(10) == 75
+    assert first.code(60) == 75
     made = list((out / "samples").glob("*.mp4"))
     assert 0 < len(made) < 60 and not half_written(out)
     assert (
@@ -402,7 +461,7 @@ def test_a_signal_while_prompts_are_encoded(start, write, run, tmp_path):
     cache = run / "cache" / "text"
     fit.until(lambda: list(cache.glob("*.safetensors")))
     fit.send(signal.SIGINT)
-    assert fit.code(10) == 130
+    assert fit.code(60) == 130
     assert not half_written(run) and not (run / "config.yaml").exists()
     made = sum(len(load_file(file)) for file in cache.glob("*.safetensors"))
     assert 0 < made < 20_000
@@ -601,6 +660,35 @@ def test_a_folder_that_may_not_be_written_any_more(start, write, run):
     again.until_it_says("resumed from ")
 
 
+def test_folders_that_may_not_be_entered_are_named_by_their_keys(start, write, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    causal = {"rollout.causal": True, "rollout.num_frame_per_block": 1, "warmup.kind": "teacher_forcing"}
+    for changes in (
+        {"output_dir": str(locked / "run")},
+        {"model.base": str(locked / "wan")},
+        {"data.prompts": str(locked / "prompts.txt")},
+        {"validation.prompts": str(locked / "prompts.txt")},
+        {"data.videos": str(locked / "clips"), "dmd.real_data_loss_weight": 0.1},
+        {"warmup.data": str(locked / "made")} | causal,
+    ):
+        values = yaml.safe_load(write().read_text())
+        for key, value in changes.items():
+            group, _, name = key.rpartition(".")
+            (values.setdefault(group, {}) if group else values)[name] = value
+        file = tmp_path / "changed.yaml"
+        file.write_text(yaml.safe_dump(values))
+        refused = start("fit", file)
+        assert refused.code() == 2, (changes, refused.output)
+        key = next(iter(changes))
+        last = refused.output.splitlines()[-1]
+        assert last.startswith(f"dmdtrain: {key}: {locked}/"), (changes, last)
+        assert last.endswith("Permission denied"), (changes, last)
+    refused = start("fit", write(), "--resume", locked / "step-000002")
+    assert refused.code() == 2
+    assert f"dmdtrain: --resume: {locked / 'step-000002'} can not be read: Permission denied" in refused.output
+
+
 def test_a_file_system_that_is_full_read_only_and_gone(start, write, tmp_path):
     with mounted(tmp_path / "disk", "3m") as disk:
         run = disk / "run"
@@ -675,7 +763,7 @@ def test_minutes_decide_as_well(start, write, run):
     fit.send(signal.SIGTERM)
     assert fit.code() == 75
     seconds = [f.stat().st_mtime for f in list_checkpoints(run / "checkpoints")[:-1]]
-    assert all(0.2 < b - a < 5 for a, b in itertools.pairwise(seconds))
+    assert all(0.2 < b - a < 60 for a, b in itertools.pairwise(seconds))
 
 
 def test_the_owner_of_a_folder_is_named(start, write, run):
@@ -704,11 +792,12 @@ def test_a_second_process_leaves_the_report_of_clips_alone(start, write, run, tm
     assert (run / "data_report.jsonl").read_bytes() == report
 
 
+@pytest.mark.timeout(3600)  # a minute or two, on a machine that has nothing else to do
 def test_random_kills_come_to_the_same_bits(tmp_path):
     """`make torture` does it for longer."""
     script = Path(__file__).parents[1] / "scripts" / "torture.py"
-    args = [sys.executable, script, "--runs", "10", "--seed", str(os.getpid()), "--out", tmp_path / "torture"]
-    done = subprocess.run(args, capture_output=True, text=True, timeout=280)
+    args = [sys.executable, script, "--runs", "6", "--seed", str(os.getpid()), "--out", tmp_path / "torture"]
+    done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
-    assert " 10 runs killed, " in last and last.endswith(": all came to the same bits")
+    assert " 6 runs killed, " in last and last.endswith(": all came to the same bits")

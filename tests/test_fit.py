@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from dmdtrain.cli import app
 from dmdtrain.config import load
 from dmdtrain.models.quantize import Int8Linear
-from dmdtrain.train.fit import locked
+from dmdtrain.train.resume import locked
 from dmdtrain.train.setup import build_roles, resolve
 
 
@@ -113,7 +113,7 @@ def test_a_larger_teacher_in_a_precision_of_its_own(settings, wan_folder, tmp_pa
 
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not_in_the_way(run_cli, config_file, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from rich.console import Console; from dmdtrain.train.fit import locked\n"
+        "import sys, time; from pathlib import Path; from rich.console import Console; from dmdtrain.train.resume import locked\n"
         f"with locked(Path({str(tmp_path / 'run')!r}), Console()):\n    print('locked', flush=True); time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

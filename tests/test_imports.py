@@ -133,5 +133,5 @@ def test_the_check_sees_every_way_to_import(part, source, found):
 def test_the_command_line_answers_without_torch(code):
     check = f"{code}\nimport sys\nheavy = sorted({HEAVY!r} & set(sys.modules))\nassert not heavy, heavy"
     environment = os.environ | {"PYTHONPATH": str(SOURCE.parent)}
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr

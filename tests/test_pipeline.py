@@ -218,7 +218,7 @@ def sampled(exported, tmp_path_factory) -> dict[str, dict]:
         for name, case in exported.items()
     }
     command = [sys.executable, "-B", "-c", SCRIPT, json.dumps([cases, PROMPTS, SEED, str(home / "results.pt")])]
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(home / "results.pt", weights_only=False)
 

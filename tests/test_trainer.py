@@ -507,9 +507,62 @@ def test_no_checkpoint_is_made_of_a_run_that_has_gone_bad(make):
         trainer.train_step()
     good = trainer.save()
     poison(trainer, "student", 1e30)  # finite, as a far too high learning rate makes them
-    with pytest.raises(TrainingStopped, match=r"^step 6: .* then resume from the last checkpoint$"):
+    with pytest.raises(
+        TrainingStopped, match=r"^step 6: .* lower optimizer.lr and fake_score.lr in a branch: "
+    ) as told:
         trainer.fit()
+    assert str(told.value).endswith(
+        f"dmdtrain fit CONFIG --resume {good} --output-dir NEW_FOLDER --set optimizer.lr=0.0005 --set fake_score.lr=0.0005"
+    )
     assert list_checkpoints(good.parent) == [good]
+
+
+def test_weights_that_are_not_finite_at_the_end_are_no_success(settings, monkeypatch):
+    """After the last step's update, so that nothing but the save sees it."""
+    config, step = changed(settings, {"train.max_steps": 3, "checkpoint.every": 2}), Trainer.train_step
+
+    def last_spoils(self: Trainer) -> dict[str, float]:
+        values = step(self)
+        if self.step == 3:
+            with torch.no_grad():
+                self.roles.parameters("student")[0].fill_(math.nan)
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", last_spoils)
+    with pytest.raises(
+        TrainingStopped, match=r"^the weights of step 3 are not finite and are not saved; lower the learn"
+    ):
+        fit(config, "auto", Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"measured": 3}', '{"measured": {"validation_ema": {"saturation": "x"}}, "scores": {}}']
+)
+def test_results_of_a_validation_that_are_damaged_are_made_again(settings, text):
+    config = changed(settings, {"train.max_steps": 4, "validation.every": 4, "checkpoint.every": 4})
+    fit(config, "auto", Console(quiet=True))
+    results = Path(config.output_dir) / "samples" / "step-000004" / "results.json"
+    good = results.read_text()
+    results.write_text(text)
+    fit(config, "auto", Console(quiet=True))
+    assert results.read_text() == good
+
+
+def test_the_time_that_steps_wait_for_saves_is_logged(settings):
+    config = changed(
+        settings, {"train.max_steps": 4, "checkpoint.every": 2, "validation.every": 0, "checkpoint.background": False}
+    )
+    printed = Console(file=io.StringIO(), width=1000)
+    fit(config, "auto", printed)
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    waited = [line["seconds_save"] for line in lines]
+    assert [seconds > 0 for seconds in waited] == [
+        False,
+        False,
+        True,
+        False,
+    ]  # step 4's own is not over when it is logged
+    assert "  saves 0." in printed.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_run_whose_last_step_is_bad_names_a_checkpoint_that_is_there(settings, monkeypatch):

@@ -188,9 +188,25 @@ def test_what_is_said_and_kept(whole, made, tmp_path):
     kept = load_file(last(run) / "underway.safetensors")
     assert {key.partition(".")[0] for key in kept} == {"finished", "gradient", "total"}
     nothing = done("fit", file, "--max-steps", 1)
-    assert "nothing to do: the run already has its 1 steps" in nothing
+    assert "nothing to do: the run is at step 1, and train.max_steps is 1" in nothing
     done("fit", file)
     assert_same_to_the_bit(run, whole)
+
+
+def test_a_branch_makes_the_step_in_hand_anew(whole, made, tmp_path):
+    """With a step of other updates: the gradients that are accumulated of it are of no use."""
+    file, one = tmp_path / "run.yaml", tmp_path / "one"
+    done("fit", file, "--output-dir", one, "--max-steps", 1)
+    interrupted(made, 8, file)
+    assert "underway.safetensors" in names(last(tmp_path / "run"))
+    found = []
+    for name, ckpt in (("a", last(tmp_path / "run")), ("b", last(one))):
+        changes = ("--max-steps", 3, "--set", "optimizer.lr=1e-4", "--set", "dmd.generator_update_interval=3")
+        done("fit", file, "--resume", ckpt, "--output-dir", tmp_path / name, *changes)
+        found.append(content(last(tmp_path / name)))
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]) if isinstance(value, torch.Tensor) else value == found[1][key], key
 
 
 def test_seconds_are_those_of_both_processes(whole, made, tmp_path):

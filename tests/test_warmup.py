@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dmdtrain.config import Config, build
+from dmdtrain.config import Config, build, load_own
 from dmdtrain.data.latents import LatentFolder, read_latents
 from dmdtrain.flow import shift_timestep
 from dmdtrain.models import causal, encode
@@ -586,6 +587,29 @@ def test_the_rate_rises_and_steps_are_validated_before_dmd(write, data, tmp_path
     assert names(run / "samples") == ["step-000000", "step-000002"]  # what DMD starts from, and its end
 
 
+def test_a_validation_that_can_not_be_written_is_told(write, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    file = write({"validation.every": 2, "warmup.data": str(data), "train.max_steps": 2})
+    samples = tmp_path / "run" / "samples"
+    done("fit", file, "--set", "validation.every=0", "--set", "warmup.steps=4", "--max-steps", 2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    samples.write_text("in the way")
+    told = done("fit", file)
+    assert told.count("the samples could not be written (Not a directory); training goes on") == 2
+    assert "step 0: the samples could not" in told and names(tmp_path / "run" / "checkpoints") == ["step-000002"]
+
+
+def test_a_folder_in_place_of_the_metrics_is_one_line(write, data, tmp_path):
+    file, metrics = write({"warmup.data": str(data)}), tmp_path / "run" / "warmup" / "metrics.jsonl"
+    done("fit", file)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    metrics.unlink()
+    metrics.mkdir()
+    result = run_cli("fit", file)
+    assert result.exit_code == 74
+    assert result.stderr == f"dmdtrain: {metrics} can not be read or written: Is a directory\n"
+
+
 def interrupt(monkeypatch, owner: type, step: int) -> None:
     """Ctrl-C in the train_step of that number."""
     work = owner.train_step
@@ -635,7 +659,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
 
 def test_a_finished_run_has_nothing_to_do(whole, wan_folder):
     before = checkpoints(whole)
-    assert "nothing to do: the run already has its 3 steps" in done("fit", whole.parent / "run.yaml")
+    assert "nothing to do: the run is at step 3, and train.max_steps is 3" in done("fit", whole.parent / "run.yaml")
     assert checkpoints(whole) == before
 
 
@@ -653,6 +677,13 @@ def test_going_back_into_the_warm_up(whole, busy, tmp_path):
         for name in last:
             assert checkpoints(output)[name] == checkpoints(whole)[name], name
         assert [line["step"] for line in metrics(output)] == [1, 2, 3]
+
+
+def test_a_branch_of_the_warm_up_has_another_rate(whole, busy, tmp_path):
+    ckpt, branch = whole / "warmup" / "step-000002", tmp_path / "branch"
+    told = done("fit", busy, "--resume", ckpt, "--output-dir", branch, "--set", "warmup.lr=1e-5")
+    assert f"branch of {ckpt}" in told and "changed warmup.lr: " in told
+    assert [line["lr_warmup"] for line in metrics(branch / "warmup")] == [1e-5] * 3
 
 
 def test_a_run_with_another_warm_up_is_another_run(whole, write, data, tmp_path):
@@ -770,3 +801,22 @@ def test_too_many_in_a_row_stop_the_run(write, data, tmp_path):
     assert names(tmp_path / "run" / "warmup") == []  # nothing bad was saved
     facts = json.loads((tmp_path / "run" / "bad_steps" / "step-000003-warmup.json").read_text())
     assert facts["gradient_norms"] == {"student": "nan"} and facts["statistics"] == {"warmup_loss": "nan"}
+    # What it was made of: the samples by name, in their order, the generator and what it gave.
+    kept = load_file(tmp_path / "run" / "bad_steps" / "step-000003-warmup.safetensors")
+    captions, clean, states = read_latents([Path(name) for name in facts["clips"]], 4)
+    assert captions == facts["prompts"] and len(facts["clips"]) == 2
+    generator = torch.Generator()
+    generator.set_state(kept["generator"])
+    config = load_own(tmp_path / "run" / "config.yaml")
+    run = setup.resolve(config)
+    again = draw_warmup(config, run.timesteps, run.flow_shift, torch.zeros(2, 8, 16), clean, states, generator)
+    assert torch.equal(again.timestep, kept["timestep"])
+
+
+def test_a_bad_step_of_the_warm_up_that_can_not_be_kept_is_told(make, data, tmp_path):
+    warmup = make({"warmup.data": str(with_nan(data, tmp_path / "bad", list(range(5))))})
+    warmup.console = Console(file=io.StringIO(), width=1000)
+    warmup.run.output_dir.mkdir(exist_ok=True)
+    (warmup.run.output_dir / "bad_steps").write_text("in the way")
+    warmup.train_step()
+    assert "step 1: bad_steps can not be written (File exists)" in warmup.console.file.getvalue()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmdtrain.train import interrupt
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,42 +28,58 @@ app = typer.Typer(
 Ckpt = Annotated[Path, typer.Option("--ckpt", help="A checkpoint folder, such as output/run/checkpoints/step-000200.")]
 Weights = Annotated[str, typer.Option(help="ema (the average) or raw; default: ema where the checkpoint has one.")]
 INPUT_ERROR, STOPPED, UNWRITABLE = 2, 1, 74
-# Errors of a disk or a mount, none of a program: full, quota, limit, read-only, no permission, broken, gone.
+# Errors of a disk or a mount, none of a program. Full, quota, limit, read-only, no permission, broken, gone.
 DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+    # Names that are taken by something else, too long or in a circle; what a file system does not know.
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 }
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """A mistake of the user's ends in one line and exit code 2, never in a traceback."""
+    with interrupt.listening():
+        try:
+            with _told():
+                yield
+        except typer.Exit as end:
+            interrupt.decide(end.exit_code)
+            raise
+        interrupt.decide(0)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
     from dmdtrain.config import ConfigError
-    from dmdtrain.train import interrupt
 
     _quiet()
     try:
-        with interrupt.listening():
-            yield
+        yield
     except ConfigError as error:
-        typer.echo(f"dmdtrain: {' '.join(str(error).splitlines())}", err=True)
-        raise typer.Exit(INPUT_ERROR) from None
+        raise _end(INPUT_ERROR, " ".join(str(error).splitlines())) from None
     except (MemoryError, RuntimeError, OSError) as error:
         from dmdtrain.train.memory import out_of_memory, ran_out
 
         if ran_out(error):
-            typer.echo(f"dmdtrain: {out_of_memory(error)}", err=True)
-            raise typer.Exit(STOPPED) from None
+            raise _end(STOPPED, out_of_memory(error)) from None
         if not isinstance(error, OSError) or error.errno not in DISK:
             raise
-        typer.echo(f"dmdtrain: {error.filename or 'a file'} can not be read or written: {error.strerror}", err=True)
-        raise typer.Exit(UNWRITABLE) from None
+        what = f"{error.filename or 'a file'} can not be read or written: {error.strerror}"
+        raise _end(UNWRITABLE, what) from None
     except EOFError as error:  # of which Typer would say "Aborted." and no more
         raise RuntimeError("a file ends early; of an import: delete that package's __pycache__") from error
     except KeyboardInterrupt as stop:
-        typer.echo("dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it", err=True)
         by = stop.asked if isinstance(stop, interrupt.Interrupted) else interrupt.SIGNALS[0]
-        raise typer.Exit(interrupt.exit_code(by)) from None
+        raise _end(interrupt.exit_code(by), interrupt.TEXT.removeprefix("dmdtrain: ")) from None
+
+
+def _end(code: int, text: str) -> typer.Exit:
+    """The end of a command, told in one line."""
+    interrupt.decide(code)
+    typer.echo(f"dmdtrain: {text}", err=True)
+    return typer.Exit(code)
 
 
 def _quiet() -> None:
@@ -109,7 +127,7 @@ def fit(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/wan_tiny.yaml.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, such as train.max_steps=100.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: the newest checkpoint of this run; never; or a checkpoint.")
+        str, typer.Option(help="auto: the newest checkpoint of this run; never; or one by its folder, name or step.")
     ] = "auto",
     max_steps: Annotated[int | None, typer.Option(help="The same as --set train.max_steps=N.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The same as --set output_dir=DIR.")] = None,
@@ -135,8 +153,7 @@ def fit(
         try:
             run_fit(checked, resume, _console(), dry_run=dry_run)
         except TrainingStopped as error:
-            typer.echo(f"dmdtrain: {error}", err=True)
-            raise typer.Exit(UNWRITABLE if isinstance(error, SavesFailed) else STOPPED) from None
+            raise _end(UNWRITABLE if isinstance(error, SavesFailed) else STOPPED, str(error)) from None
 
 
 @app.command()
@@ -361,6 +378,7 @@ def config_docs() -> None:
 
 
 def main() -> None:
+    interrupt.listen()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None where the caller closed it)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:

@@ -10,7 +10,8 @@ import errno
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,15 @@ def unwritable(key: str, path: Path, error: OSError, done: str = "written") -> E
     if error.errno in NO_ROOM:
         return OSError(error.errno, error.strerror, str(path))
     return ConfigError(f"{key}: {path} can not be {done}: {error.strerror}")
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """What may not be read inside is a mistake in `key`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(f"{key}: {error.filename or 'a file'} can not be read: {error.strerror}") from None
 
 
 class Group(BaseModel):
@@ -885,6 +895,17 @@ RESUMABLE = (
     "output_dir",
 )
 
+# Keys that a branch may change besides: a run in a folder of its own that goes on from another one's checkpoint. What the
+# tensors of the checkpoint mean stays.
+BRANCHABLE = (
+    *("optimizer.lr", "optimizer.grad_clip", "optimizer.grad_clip_method", "fake_score.lr", "fake_score.grad_clip"),
+    *("schedule", "warmup.lr", "warmup.lr_warmup_steps", "warmup.steps", "ema.decay", "ema.every"),
+    *("dmd.generator_update_interval", "dmd.real_score_guidance_scale", "dmd.fake_score_guidance_scale"),
+    *("dmd.min_timestep_ratio", "dmd.max_timestep_ratio", "dmd.timestep_shift", "dmd.min_score_timestep"),
+    *("dmd.ts_schedule", "dmd.ts_schedule_max", "data.caption_dropout"),
+    *("train.batch_size", "train.gradient_accumulation"),
+)
+BRANCH_OFF = "dmdtrain fit CONFIG --resume CHECKPOINT --output-dir NEW_FOLDER --set KEY=VALUE"
 TRAINS = ("validation.real_clips", "validation.held_out_prompts")  # are kept from training
 SPLIT = ("train.batch_size", "train.gradient_accumulation")  # may change where their product does not
 
@@ -986,16 +1007,26 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     return build(read(path, overrides)[0], str(path), overrides or ())
 
 
-def read(path: str | Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+def load_own(path: Path) -> Config:
+    """Reads a config.yaml that `dump` wrote, in more bytes than the file that it was made from."""
+    values, _ = read(path, most=4 * strict_yaml.MAX_BYTES)
+    if "output_dir" not in values:
+        raise ConfigError(f"{path}: it is empty or ends early")
+    return build(values, str(path))
+
+
+def read(
+    path: str | Path, overrides: list[str] | None = None, most: int = strict_yaml.MAX_BYTES
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What a YAML file and overrides give, unchecked, and where each known key in it is from: `file` or `--set`."""
     path = Path(path)
     try:
         with path.open("rb") as file:
-            values = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))
+            values = strict_yaml.parse(file.read(most + 1), most)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     values = {} if values is None else values
@@ -1048,15 +1079,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `load` reads it back."""
+    """The resolved configuration as YAML; `load_own` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Keys that differ and may not when a run goes on, each as `key: old -> new`."""
-    found = []
+def differences(old: Config, new: Config, *, branch: bool = False) -> list[str]:
+    """Keys that differ and may not when a run goes on, or when one branches off, each as `key: old -> new`."""
+    found, free = [], RESUMABLE + (BRANCHABLE if branch else ())
     for key in known_keys():
-        if (key in RESUMABLE or key.split(".")[0] in RESUMABLE) and key not in TRAINS:
+        if (key in free or key.split(".")[0] in free) and key not in TRAINS:
             continue
         if key in SPLIT and old.samples_per_update == new.samples_per_update:
             continue
@@ -1064,6 +1095,12 @@ def differences(old: Config, new: Config) -> list[str]:
         if before != after:
             found.append(f"{key}: {before!r} -> {after!r}")
     # Under a decaying schedule the length of the run is part of every learning rate so far.
-    if new.schedule.name != "constant" and old.student_updates != new.student_updates:
+    if not branch and new.schedule.name != "constant" and old.student_updates != new.student_updates:
         found.append(f"train.max_steps: {old.train.max_steps} -> {new.train.max_steps} (the schedule depends on it)")
     return found
+
+
+def branch_changes(old: Config, new: Config) -> list[str]:
+    """What a branch changes that the run itself could not, each as `key: old -> new`."""
+    refused = differences(old, new, branch=True)
+    return [change for change in differences(old, new) if change not in refused]

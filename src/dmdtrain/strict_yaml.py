@@ -45,21 +45,21 @@ def _mistake(what: str, place: yaml.Event | yaml.Node) -> ValueError:
     return ValueError(f"{what} (line {place.start_mark.line + 1})")
 
 
-def parse(text: bytes | str) -> Any:
+def parse(text: bytes | str, most: int = MAX_BYTES) -> Any:
     """The value of one YAML document; bytes are UTF-8, or UTF-16 with its mark. No two parts of it are the same object.
 
     Raises:
         ValueError: with what is wrong and its line. It is too large or too deep, a key stands twice, aliases blow it up,
             or it holds tags, unprintable characters or absurd numbers.
     """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES // 1024} KiB; prompts go in a text file of their own")
+    if len(text) > most:
+        raise ValueError(f"more than {most // 1024} KiB; prompts go in a text file of their own")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _Check().walk(node, 1)
+        _Check(most).walk(node, 1)
         return _copy(_construct(loader, node))
     except yaml.reader.ReaderError as error:
         raise ValueError(f"cannot be read: {_one_line(error)}") from None
@@ -79,10 +79,10 @@ def _one_line(error: Exception) -> str:
 
 
 class _Check:
-    """Counts the values of a document with every alias written out, and looks at each."""
+    """Counts the values of a document and their text with every alias written out, and looks at each."""
 
-    def __init__(self) -> None:
-        self.values = 0
+    def __init__(self, most: int) -> None:
+        self.most, self.values, self.bytes = most, 0, 0
 
     def walk(self, node: yaml.Node, depth: int) -> None:
         self.values += 1
@@ -91,6 +91,9 @@ class _Check:
         if depth > MAX_DEPTH:  # through an alias, perhaps to itself
             raise _mistake(f"nested more than {MAX_DEPTH} deep", node)
         if isinstance(node, yaml.ScalarNode):
+            self.bytes += len(node.value.encode(errors="surrogatepass"))
+            if self.bytes > self.most:
+                raise ValueError(f"more than {self.most // 1024} KiB of text, with every alias written out")
             _check_scalar(node)
         elif isinstance(node, yaml.SequenceNode):
             for item in node.value:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmdtrain.config import ConfigError
+from dmdtrain.config import ConfigError, reading
 from dmdtrain.models.checks import (
     CLASSES,
     BadFolder,
@@ -85,7 +85,9 @@ def find_folder(name: str, key: str) -> WanFolder:
         path = Path(str(files("dmdtrain") / "assets" / WAN_TINY))
     else:
         path = Path(name).expanduser()
-        if not path.is_dir():
+        with reading(key):
+            there = path.is_dir()
+        if not there:
             if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 raise ConfigError(
                     f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from dmdtrain.config import BRANCH_OFF, ConfigError
 from dmdtrain.config import Alarms as Settings
-from dmdtrain.config import ConfigError
 from dmdtrain.files import save_tensors, write_text
 from dmdtrain.train.step import Draws, mean_distance
 
@@ -114,6 +117,7 @@ class Alarms:
                 self.counts[rule] += 1
                 self.tell(
                     f"alarm at step {step}: {text} (alarms.{rule}: {getattr(self.settings, rule):g}); {ADVICE[rule]}"
+                    f"; changes go into a branch: {BRANCH_OFF}"
                 )
             self.active[key] = step
 
@@ -156,20 +160,22 @@ def dump_bad_step(
     prompts: list[str],
     statistics: dict[str, Any],
     gradient_norms: dict[str, Any],
+    console: Console,
     draws: Draws | None = None,
-) -> str | None:
-    """Keeps what a non-finite update was made of, of the last few: step-000123-student.json and .safetensors.
+    clips: Sequence[str] = (),
+    more: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """Keeps what a non-finite update was made of, of the last few: step-000123-student.json and .safetensors; where it can not be
+    written, that is told.
 
     Args:
         generator_state: of the trainer's generator before the update drew from it: with it the noise comes out again.
-
-    Returns:
-        why it could not be written, if so.
+        clips: files that it was trained on. more: tensors by name.
     """
-    facts: dict[str, Any] = {"step": step, "role": role, "prompts": prompts}
+    facts: dict[str, Any] = {"step": step, "role": role, "prompts": prompts, "clips": list(clips)}
     facts["statistics"] = {name: _plain(value) for name, value in statistics.items()}
     facts["gradient_norms"] = {name: _plain(value) for name, value in gradient_norms.items()}
-    tensors = {"generator": generator_state}
+    tensors = {"generator": generator_state, **more}
     if draws is not None:
         facts |= {"exit_steps": draws.exit_steps, "blocks": list(draws.layout.sizes)}
         facts["score_timesteps"] = draws.score_timestep.tolist()
@@ -183,8 +189,14 @@ def dump_bad_step(
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
     except OSError as error:
-        return error.strerror or str(error)
-    return None
+        console.print(f"step {step}: {BAD_STEPS} can not be written ({error.strerror or error})", soft_wrap=True)
+
+
+def drawn_again(sampler: Any, state: Mapping[str, torch.Tensor], prefix: str, n: int) -> list[Any]:
+    """What a sampler drew from a state of the past on, which is in `state` under a prefix."""
+    again = copy.deepcopy(sampler)
+    again.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    return again.draw(n)
 
 
 def load_alarms(alarms: Alarms, state: dict[str, Any], folder: Path) -> None:

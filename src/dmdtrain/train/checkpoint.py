@@ -15,6 +15,7 @@ A checkpoint is a folder of .safetensors and .json files; nothing in it is unpic
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import OtherItems
+from dmdtrain.files import make_folder, naming
 from dmdtrain.files import sync as _sync
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train.optim import moments, put_back_pages
@@ -42,6 +44,7 @@ QUANTIZED = ("qmap1", "qmap2", "absmax1", "absmax2")  # what bitsandbytes keeps 
 LEFTOVERS = (".step-*.partial", ".step-*.old", ".step-*.removed")  # of a run that was killed while it saved
 Content = tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]  # file stem -> tensors; file name -> text
 CHECKPOINTS, WARMUP = "checkpoints", "warmup"  # their folders in a run's
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # errors that tell what is there; after others nobody knows
 UNDERWAY = "underway"  # of the step after: its tensors, and its object in state.json
 
 
@@ -54,10 +57,10 @@ class SaveFailed(OSError):
 
 
 class Forbidden(ConfigError):
-    """There is something, and nobody can say whether it is a good checkpoint."""
+    """There is something, and nobody can say here and now whether it is a good checkpoint."""
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
@@ -67,11 +70,11 @@ def list_checkpoints(root: Path) -> list[Path]:
         final = root / old.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
             old.rename(final)
-    return [folder for folder in _step_folders(root) if (folder / MANIFEST).exists()]
+    return [folder for folder in step_folders(root) if (folder / MANIFEST).exists()]
 
 
-def _step_folders(root: Path) -> list[Path]:
-    return sorted((folder for folder in _named(root, r"step-\d{6,}") if folder.is_dir()), key=_step_of)
+def step_folders(root: Path) -> list[Path]:
+    return sorted((folder for folder in _named(root, r"step-\d{6,}") if folder.is_dir()), key=step_of)
 
 
 def _named(root: Path, pattern: str) -> list[Path]:
@@ -92,14 +95,14 @@ def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
     for root in (output / WARMUP, output / CHECKPOINTS):
         try:
             list_checkpoints(root)  # puts back what a kill left between two names
-            folders += _step_folders(root)
+            folders += step_folders(root)
         except OSError as error:
             raise Forbidden(f"output_dir: {error.filename} can not be read: {error.strerror}") from None
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         try:
             step = check_checkpoint(folder).get("step")
-            if step != _step_of(folder):
+            if step != step_of(folder):
                 raise ConfigError(f"it is of step {step}")
         except Forbidden:
             raise
@@ -112,22 +115,35 @@ def newest_good(output: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def set_aside(folder: Path, why: str) -> Path:
     """Renames a checkpoint so that it is not taken for one of the run's: `damaged-1-step-000200`."""
-    names = (folder.with_name(f"{why}-{count}-{folder.name}") for count in itertools.count(1))
-    return folder.rename(next(name for name in names if not name.exists()))
+    return folder.rename(free_name(folder, why))
+
+
+def free_name(path: Path, why: str) -> Path:
+    names = (path.with_name(f"{why}-{count}-{path.name}") for count in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def set_aside_later(output: Path, checkpoint: Path | None) -> list[Path]:
-    """Renames a run's checkpoints that came after the one that is resumed, so that none is taken for the newest later on."""
-    stages = [list_checkpoints(output / WARMUP), list_checkpoints(output / CHECKPOINTS)]
-    ordered = [folder for stage in stages for folder in stage]
-    resolved = [folder.resolve() for folder in ordered]
-    if checkpoint is None or checkpoint.resolve() not in resolved:
+    """Renames a run's checkpoints that came after the one that is resumed, so that none is taken for the newest later on; where
+    that one has another name, also the run's own of its step."""
+    if checkpoint is None:
         return []
-    return [set_aside(later, "replaced") for later in ordered[resolved.index(checkpoint.resolve()) + 1 :]]
+    resumed, moved = position(checkpoint), []
+    for stage in (WARMUP, CHECKPOINTS):
+        for folder in list_checkpoints(output / stage):
+            at = (stage != WARMUP, step_of(folder))
+            if at > resumed or (at == resumed and folder.resolve() != checkpoint.resolve()):
+                moved.append(set_aside(folder, "replaced"))
+    return moved
+
+
+def position(checkpoint: Path) -> tuple[bool, int]:
+    """Whether it is of the second stage, and its step there."""
+    return stage_of(checkpoint) != WARMUP, _manifest_of(checkpoint)["step"]
 
 
 def sha256(file: Path) -> str:
-    with file.open("rb") as handle:
+    with naming(file), file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -146,9 +162,7 @@ def write_checkpoint(
     partial, old = root / f".{final.name}.partial", root / f".{final.name}.old"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        if not root.exists():
-            root.mkdir(parents=True)
-            _sync(root.parent)
+        make_folder(root)
         partial.mkdir()
         _check_room(root, tensors)
         for stem, content in tensors.items():
@@ -238,32 +252,37 @@ def check_checkpoint(folder: Path, key: str = "checkpoint") -> dict[str, Any]:
         if not folder.is_dir():
             raise refuse("no such folder")
         manifest = _read_manifest(folder, refuse)
-        for name, wanted in manifest["sha256"].items():
-            file = folder / name
-            if not file.is_file():
+        for name in manifest["sha256"]:
+            if not (folder / name).is_file():
                 raise refuse(f"{name} is missing")
-            if sha256(file) != wanted:
+            size = (folder / name).stat().st_size
+            if size != manifest["bytes"].get(name, size):
+                raise refuse(f"{name} is damaged (its size differs)")
+        for name, wanted in manifest["sha256"].items():
+            if sha256(folder / name) != wanted:
                 raise refuse(f"{name} is damaged (its checksum differs)")
-    except PermissionError as error:
-        raise Forbidden(f"{key}: {error.filename} can not be read: {error.strerror}") from None
     except OSError as error:
-        raise refuse(f"{error.filename} can not be read: {error.strerror}") from None
+        kind = ConfigError if error.errno in MISSING else Forbidden
+        raise kind(f"{key}: {error.filename} can not be read: {error.strerror}") from None
     return manifest
 
 
 def _read_manifest(folder: Path, refuse: Callable[[str], ConfigError]) -> dict[str, Any]:
     """A manifest of the right format, whose names are those of files in its folder."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with naming(folder / MANIFEST):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise refuse(f"not a checkpoint ({MANIFEST} is missing)") from None
     except (ValueError, RecursionError):
         raise refuse(f"{MANIFEST} is broken") from None
     if not isinstance(manifest, dict):
         raise refuse(f"{MANIFEST} is broken")
-    if manifest.get("format", FORMAT) != FORMAT:
-        raise refuse(f"format {manifest['format']!r}; this version reads {FORMAT}")
-    sums = manifest.get("sha256")
+    version, sums = manifest.get("format"), manifest.get("sha256")
+    if type(version) is int and version > FORMAT:
+        raise Forbidden(f"{refuse(f'format {version} is newer than this dmdtrain reads; valid is {FORMAT}')}")
+    if type(version) is not int or version != FORMAT or not isinstance(manifest.get("bytes"), dict):
+        raise refuse(f"{MANIFEST} is broken")
     if not isinstance(sums, dict) or not sums or not all(isinstance(value, str) for value in sums.values()):
         raise refuse(f"{MANIFEST} is broken")
     for name in sums:

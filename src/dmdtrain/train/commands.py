@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, load, unwritable
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, load_own, unwritable
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import StudentError, stock_scheduler, write_lora, write_pipeline
 from dmdtrain.models.decode import StreamDecoder, decode_latents
@@ -196,7 +196,7 @@ def _check_adapter(ckpt: Path, values: dict[str, torch.Tensor], rank: int) -> No
 
 def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, console: Console) -> None:
     check_checkpoint(ckpt, "--ckpt")
-    config, sampling = load(file_of(ckpt, "config.yaml")), read_json(ckpt, "sampling.json")
+    config, sampling = load_own(file_of(ckpt, "config.yaml")), read_json(ckpt, "sampling.json")
     _check_sampling(ckpt, sampling)
     student = config.student
     if student.kind != "lora":

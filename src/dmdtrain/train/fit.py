@@ -1,34 +1,31 @@
-"""`dmdtrain fit`: which checkpoint a run goes on from, whose its folder is, and the run from the check to the end."""
+"""`dmdtrain fit`: a run from the check to the end."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, unwritable
-from dmdtrain.files import is_partial, remove_partial, write_text
+from dmdtrain.config import Config, ConfigError, reading, unwritable
+from dmdtrain.files import remove_partial, write_text
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.alarms import BAD_STEPS
-from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP
-from dmdtrain.train.clips import REPORT, Clips, clip_sets, describe_clips, scan, with_captions
+from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP, SaveFailed, step_folder, write_checkpoint
+from dmdtrain.train.clips import Clips, clip_sets, describe_clips, scan, with_captions
+from dmdtrain.train.log import METRICS
 from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.reports import Reports, check_reports, reporting
-from dmdtrain.train.saver import TrainingStopped
+from dmdtrain.train.resume import BRANCH, check_output, describe_branch, locked, pick_checkpoint, resume_from
+from dmdtrain.train.saver import SavesFailed, TrainingStopped
 from dmdtrain.train.setup import Run, attention_of, describe, device_of_this_machine, resolve
 from dmdtrain.train.step import check_score_ranges
 from dmdtrain.train.trainer import Trainer
 from dmdtrain.train.warmup import Warmup, check_data
-
-LOCK = ".lock"
 
 
 def fit(config: Config, resume: str, console: Console, *, dry_run: bool = False) -> None:
@@ -60,15 +57,20 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_score_ranges(config, run.timesteps)
     for folder in (run.base, run.teacher):
         attention_of(config, folder, device_of_this_machine())
-    check_data(run)
+    with reading("warmup.data"):
+        check_data(run)
+    resume = resume_from(run.output_dir, resume)
     check_output(config, resume)
     check_reports(config)
     with (
         locked(run.output_dir, console) if clip_sets(run) or not dry_run else nullcontext()
     ):  # a scan writes its report
-        scanned = scan(run, console)
+        with reading("data.videos" if run.config.data.videos is not None else "warmup.data"):
+            scanned = scan(run, console)
         run = with_captions(run, scanned)
         for line in describe(run) + describe_clips(run, scanned):
+            console.print(line, soft_wrap=True, highlight=False)
+        for line in describe_branch(config, resume):
             console.print(line, soft_wrap=True, highlight=False)
         if torch.cuda.is_available():
             free, _ = torch.cuda.mem_get_info()
@@ -93,22 +95,26 @@ def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], rep
         warmup = Warmup(run, trainer.renderer, console, trainer.clips, reports)
     if checkpoint is not None:  # before anything is written: what can not be loaded leaves all as it was
         check_models(run, checkpoint)
+        anew = bool(describe_branch(config, resume))
         stage = "warm-up step" if warmup else "step"
         if warmup is not None:
             warmup.prepare()
-            warmup.load(checkpoint)
+            warmup.load(checkpoint, anew=anew)
         elif warming:
             raise ConfigError(f"--resume: {checkpoint} is of a warm-up, and warmup.kind is none")
         else:
-            trainer.load(checkpoint)
+            trainer.load(checkpoint, anew=anew)
         console.print(f"resumed from {checkpoint}, {stage} {(warmup or trainer).step}", soft_wrap=True)
     _claim(run, checkpoint, damaged, console)
+    if checkpoint is not None:
+        _take_over(warmup or trainer, checkpoint)
     if warmup is not None:
         if checkpoint is None:
             warmup.prepare()
         trainer.warm_up(warmup)
     if trainer.step >= config.train.max_steps and not trainer.lacks_validation():
-        console.print(f"nothing to do: the run already has its {config.train.max_steps} steps", soft_wrap=True)
+        at, last = trainer.step, config.train.max_steps
+        console.print(f"nothing to do: the run is at step {at}, and train.max_steps is {last}", soft_wrap=True)
         return
     trainer.fit()
     saved = checkpoints.list_checkpoints(output / CHECKPOINTS)
@@ -127,62 +133,45 @@ def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console:
             checkpoints.remove_leftovers(root)
         for folder in (output, output / WARMUP, output / BAD_STEPS, *(output / "samples").glob("*")):
             remove_partial(folder)
+        if checkpoint is not None and output.resolve() not in checkpoint.resolve().parents:
+            write_text(output / BRANCH, f"{checkpoint.resolve()}\n")
         write_text(output / "config.yaml", configuration.dump(run.config))
         for folder, what in damaged.items():
             moved = checkpoints.set_aside(folder, "damaged")
             console.print(f"damaged: {folder}: {what}; it is {moved.name} now", soft_wrap=True)
-        for later in checkpoints.set_aside_later(output, checkpoint):
-            console.print(f"set aside: {later}, which came after the checkpoint that is resumed", soft_wrap=True)
+        later = checkpoints.set_aside_later(output, checkpoint)
+        if checkpoint is not None and later:
+            later += _set_aside_records(output, checkpoint)
+        for moved in later:
+            console.print(f"set aside: {moved}, which came after the checkpoint that is resumed", soft_wrap=True)
     except OSError as error:
         raise unwritable("output_dir", output, error) from None
 
 
-def check_output(config: Config, resume: str) -> None:
-    """ConfigError unless output_dir is free or this run's own, and `resume`, where it is a folder, a checkpoint of it."""
-    output = Path(config.output_dir)
-    above = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not above.is_dir():
-        where = f"{output}: {above}" if above != output else output
-        raise ConfigError(f"output_dir: {where} is not a folder")
-    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-        raise ConfigError(f"output_dir: {output} can not be written: {above} is read-only or another user's")
-    owned = output / "config.yaml"
-    there = [f.name for f in output.iterdir() if not is_partial(f)] if output.exists() else []
-    if not owned.exists() and not {"cache", LOCK, REPORT}.issuperset(there):
-        raise ConfigError(f"output_dir: {output} is not empty and holds no run of dmdtrain; choose another")
-    if resume not in ("auto", "never"):
-        folder = Path(resume)
-        checkpoints.check_checkpoint(folder, "--resume")
-        file = checkpoints.file_of(folder, "config.yaml")
-        _refuse_other(file, config, f"--resume: {folder} is a checkpoint of another configuration")
-        if owned.exists() and folder.resolve().parents[1] != output.resolve():
-            raise ConfigError(f"output_dir: {output} belongs to another run; choose another with --output-dir")
-    elif owned.exists():
-        if resume == "never":
-            raise ConfigError(
-                f"output_dir: {output} already holds a run; choose another with --output-dir, or --resume auto"
-            )
-        _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
+def _set_aside_records(output: Path, checkpoint: Path) -> list[Path]:
+    """What a run that goes back leaves besides checkpoints: a copy of its metrics, and the samples of later steps."""
+    reached, aside = checkpoints.position(checkpoint), []
+    for file in (output / METRICS, output / WARMUP / METRICS):
+        if file.exists():
+            aside.append(checkpoints.free_name(file, "replaced"))
+            shutil.copyfile(file, aside[-1])
+    for folder in checkpoints.step_folders(output / "samples"):
+        if (True, checkpoints.step_of(folder)) > reached:
+            aside.append(checkpoints.set_aside(folder, "replaced"))
+    return aside
 
 
-def pick_checkpoint(config: Config, resume: str) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint to go on from: `auto` (the newest undamaged one), `never`, or a folder; and what is wrong with newer ones.
-
-    Raises:
-        ConfigError: none is undamaged, or it is of another configuration.
-    """
-    if resume not in ("auto", "never"):
-        return Path(resume), {}
-    found, damaged = checkpoints.newest_good(Path(config.output_dir))
-    if found is None and damaged:
-        folder, what = next(iter(damaged.items()))
-        raise ConfigError(
-            f"--resume: {folder}: {what}; no undamaged checkpoint is left (train anew with another --output-dir)"
-        )
-    if found is not None:
-        file = checkpoints.file_of(found, "config.yaml")
-        _refuse_other(file, config, f"--resume: {found} is a checkpoint of another configuration")
-    return found, damaged
+def _take_over(stage: Trainer | Warmup, checkpoint: Path) -> None:
+    """Saves a checkpoint that is not one of the run's own, by its place and name, as one of them: the next `auto` finds it."""
+    own = step_folder(stage.root, stage.step)
+    if own.resolve() == checkpoint.resolve():
+        return
+    try:
+        write_checkpoint(stage.root, stage.step, *stage.content(), None)
+    except SaveFailed as error:
+        raise SavesFailed(
+            f"{own} could not be saved ({error}); make room or mend the folder, then run it again"
+        ) from None
 
 
 def check_models(run: Run, checkpoint: Path) -> None:
@@ -193,42 +182,3 @@ def check_models(run: Run, checkpoint: Path) -> None:
         if known.get(role, digest) != digest:
             name = getattr(run, role).name
             raise ConfigError(f"model.{role}: {name} has other weights than when {checkpoint} was saved")
-
-
-def _refuse_other(file: Path, config: Config, what: str) -> None:
-    different = configuration.differences(configuration.load(file), config)
-    if different:
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        raise ConfigError(f"{what}: {different[0]}{more}")
-
-
-@contextmanager
-def locked(output: Path, console: Console) -> Iterator[None]:
-    """Keeps a second process out of a run's folder; a process that dies lets go of it by itself.
-
-    Raises:
-        ConfigError: another process has it, or nothing can be written there.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise unwritable("output_dir", output, error) from None
-    with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = " ".join(file.read(200).split()) or "unknown"
-            raise ConfigError(
-                f"output_dir: {output} is in use by another process ({owner}); choose another, or stop that one"
-            ) from None
-        except OSError as error:
-            console.print(
-                f"warning: {output} can not be locked ({error.strerror}): a second process in it would not be noticed",
-                soft_wrap=True,
-            )
-        with suppress(OSError):  # a full disk: the lock itself needs no room
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        yield

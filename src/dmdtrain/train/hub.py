@@ -164,7 +164,7 @@ def write_upload(run: Run, ckpt: Path, folder: Path, repo: str) -> None:
     from dmdtrain.train.checkpoint import file_of
     from dmdtrain.train.commands import export_lora
 
-    config = configuration.load(file_of(ckpt, "config.yaml"))
+    config = configuration.load_own(file_of(ckpt, "config.yaml"))
     with atomic_folder(folder) as partial:
         if config.student.kind == "lora":
             said = Console(file=io.StringIO())

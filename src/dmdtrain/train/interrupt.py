@@ -1,26 +1,33 @@
 """SIGINT (Ctrl-C), SIGTERM, SIGHUP (a terminal that goes) and SIGUSR1 (batch systems and clouds) ask a command to stop.
 
-The first one raises `Interrupted` wherever the program is, except inside `patiently`: there it is remembered, and the loop
-that finishes its micro-batch and saves asks for it. A second SIGINT or SIGTERM leaves at once, which the way files are written
-allows at any instant. SIGHUP and SIGUSR1 are notices that come before a SIGTERM: they count as one with what comes next.
+Until a command is at work, and while anything is imported, where nothing is half-written and a library could break, the first
+one ends the process at once, with the documented exit code. In a command at work it raises `Interrupted` wherever the program
+is, except inside `patiently`: there it is remembered, and the loop that finishes its micro-batch and saves asks for it. A second
+SIGINT or SIGTERM leaves at once, which the way files are written allows at any instant. SIGHUP and SIGUSR1 are notices that come
+before a SIGTERM: they count as one with what comes next. Once the exit code is decided, none changes it.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 NOTICES = (signal.SIGHUP, signal.SIGUSR1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *NOTICES)
 BY_USER, BY_MACHINE = 130, 75  # exit codes: Ctrl-C; EX_TEMPFAIL, after which the same command is to be run again
 SHOW_CURSOR = b"\x1b[?25h"
+TEXT = "dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it"
 
 _asked: signal.Signals | None = None
-_patient = False
+_decided: int | None = None  # the exit code
+_working = _patient = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,35 +52,77 @@ def check() -> None:
         raise Interrupted(_asked)
 
 
-def _handle(number: int, _: FrameType | None) -> None:
+def decide(code: int) -> None:
+    """The command's exit code: signals that come later end the process with it."""
+    global _decided
+    _decided = code
+
+
+def _write(number: int, text: bytes) -> None:
+    with suppress(OSError):  # a terminal that has gone
+        os.write(number, text)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # the signal may have come within a write
+            stream.flush()
+    with suppress(OSError):
+        if os.isatty(1):
+            _write(1, SHOW_CURSOR)
+    os._exit(code)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
     global _asked
     now, before = signal.Signals(number), _asked
+    if _decided is not None:
+        _leave(_decided)
+    if before is None and not _patient and (not _working or _importing(frame)):
+        _write(2, f"{TEXT}\n".encode())
+        _leave(exit_code(now))
     if before is None or before in NOTICES:
         _asked = now
         if before is None and not _patient:
             raise Interrupted(now)
         if before is None:
             text = f"dmdtrain: {now.name}: stopping after this micro-batch; a second signal leaves at once\n"
-            with suppress(OSError):  # a terminal that has gone
-                os.write(2, text.encode())
+            _write(2, text.encode())
     elif now not in NOTICES:
-        with suppress(OSError):
-            if os.isatty(1):
-                os.write(1, SHOW_CURSOR)
-        os._exit(exit_code(now))
+        _leave(exit_code(now))
+
+
+def _heard() -> list[signal.Signals]:
+    main = threading.current_thread() is threading.main_thread()
+    return [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN] if main else []
+
+
+def listen() -> None:
+    """From here to the process's end the signals are answered; one that the parent had ignored stays ignored."""
+    for number in _heard():
+        signal.signal(number, _handle)
+    # Registered first, it is called last: what is left of the exit restores the system's own answers, which are other codes.
+    atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, the signals ask; one that the parent had ignored stays ignored."""
-    global _asked
-    _asked = None
-    main = threading.current_thread() is threading.main_thread()
-    heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN] if main else []
-    before = {number: signal.signal(number, _handle) for number in heard}
+    """Inside, a command is at work: the signals ask it to stop."""
+    global _asked, _decided, _working
+    _asked, _decided, _working = None, None, True
+    before = {number: signal.signal(number, _handle) for number in _heard()}
     try:
         yield
     finally:
+        _working = False
         for number, handler in before.items():
             signal.signal(number, handler)
 

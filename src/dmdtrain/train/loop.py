@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Protocol
@@ -15,6 +15,7 @@ from rich.console import Console
 from dmdtrain.config import Config
 from dmdtrain.train import interrupt
 from dmdtrain.train.alarms import BAD_STEPS
+from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP, list_checkpoints
 from dmdtrain.train.log import Live, MetricsLog
 from dmdtrain.train.optim import clip_gradients
 from dmdtrain.train.reports import Reports
@@ -57,11 +58,11 @@ def guarded_step(
     return norm, finite
 
 
-def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, advice: str) -> None:
+def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, rates: Mapping[str, float]) -> None:
     """Counts updates that were skipped because they were not finite; TrainingStopped after `limit` of one role in a row.
 
     Args:
-        bad: the step's updates, and whether each was.
+        bad: the step's updates, and whether each was. rates: the learning rates that a branch should lower, by their keys.
     """
     stage.bad_steps += any(bad.values())
     for name, skipped in bad.items():
@@ -74,9 +75,17 @@ def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, advice: str) ->
             )
         if count >= limit:
             raise TrainingStopped(
-                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row; {advice}, then "
-                "resume from the last checkpoint"
+                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row; lower "
+                f"{' and '.join(rates)} in a branch: {_with_lower(rates, stage.root.parent)}"
             )
+
+
+def _with_lower(rates: Mapping[str, float], output: Path) -> str:
+    """The command that goes on from a run's newest checkpoint, where there is one, with half of these rates."""
+    saved = [folder for stage in (WARMUP, CHECKPOINTS) for folder in list_checkpoints(output / stage)]
+    resume = f"--resume {saved[-1]} " if saved else ""
+    lower = " ".join(f"--set {key}={value / 2:g}" for key, value in rates.items())
+    return f"dmdtrain fit CONFIG {resume}--output-dir NEW_FOLDER {lower}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -97,6 +106,16 @@ def _rescuing(stage: Stage, saver: Saver, console: Console, unit: str) -> Iterat
         if (stage.underway is None or not stage.underway.stepping) and saver.rescue():
             console.print(f"saved: {saver.saved(unit)}", soft_wrap=True)
         raise
+
+
+@contextmanager
+def telling_unwritten(step: int, console: Console) -> Iterator[None]:
+    """Samples that a disk does not take are told of."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        console.print(f"step {step}: the samples could not be written ({reason}); training goes on", soft_wrap=True)
 
 
 def run_stage(
@@ -123,20 +142,13 @@ def run_stage(
     """
 
     def run_validation(validate: Callable[[MetricsLog], None]) -> None:
-        try:
+        with suppress(interrupt.Interrupted), telling_unwritten(stage.step, console):  # the loop sees the one, too
             validate(log)
-        except interrupt.Interrupted:
-            pass  # the loop sees it, too
-        except OSError as error:
-            console.print(
-                f"step {stage.step}: the samples could not be written ({error.strerror or error}); training goes on",
-                soft_wrap=True,
-            )
         live.restart_clock()
 
     reports = reports or Reports()
     log = MetricsLog(folder, stage.step, config.log.tensorboard, console, reports)
-    saver, paused = Saver(stage, config.checkpoint, console), False
+    saver, paused, told = Saver(stage, config.checkpoint, console), False, 0.0
     reports.enter(stage.step, unit)
     reports.event("started", f"{unit} {stage.step} of {total}")
     try:
@@ -151,9 +163,11 @@ def run_stage(
                         paused = True
                         break
                     last = stage.step == total
-                    live.step(stage.step, "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values))
-                    if stage.step % config.log.every == 0 or last:
-                        log.write(stage.step, values)
+                    text = "  ".join(f"{k} {values[v]:.4f}" for k, v in shown.items() if v in values)
+                    live.step(stage.step, text + (f"  saves {saver.seconds:.1f} s" if saver.seconds else ""))
+                    if stage.step % config.log.every == 0 or last:  # with the saves since the last line
+                        log.write(stage.step, values | {"seconds_save": saver.seconds - told})
+                        told = saver.seconds
                     if saver.after_step(last):
                         live.restart_clock()
                     reports.saved(stage.root, saver.saved_step)

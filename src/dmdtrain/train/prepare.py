@@ -10,9 +10,9 @@ from dmdtrain.config import Config
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions
 from dmdtrain.models.encode import SHARD_PROMPTS
 from dmdtrain.train.clips import describe_clips, with_captions
-from dmdtrain.train.fit import check_output
 from dmdtrain.train.log import Live
 from dmdtrain.train.prepare_videos import prepare_videos, prune_videos, verify_videos
+from dmdtrain.train.resume import check_output
 from dmdtrain.train.setup import Run, device_of_this_machine, encode_text, resolve, size_text, text_cache
 from dmdtrain.train.warmup import check_data
 

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from rich.console import Console
 
-from dmdtrain.config import Checkpoint
+from dmdtrain.config import BRANCH_OFF, Checkpoint
+from dmdtrain.files import make_folder
 from dmdtrain.train import interrupt
 from dmdtrain.train.checkpoint import UNDERWAY, Content, SaveFailed, write_checkpoint
 from dmdtrain.train.memory import free_memory, ran_out
@@ -61,11 +62,13 @@ class Saver:
 
     def __init__(self, stage: Saved, settings: Checkpoint, console: Console):
         self.stage, self.settings, self.console = stage, settings, console
-        stage.root.mkdir(parents=True, exist_ok=True)
+        make_folder(stage.root)
         self.saved_step, self.saved_part = stage.step, False
         self.failed = 0
         self._due, self._retry_at, self._told = False, 0, False
         self._clock = time.monotonic()
+        self.seconds = 0.0  # that steps have waited for saves
+        self._sound = True  # the weights, where they were last to be saved
         self._thread: Thread | None = None
         self._in_flight, self._part = 0, False
         self._keep: int | None = None
@@ -82,6 +85,7 @@ class Saver:
         Raises:
             SavesFailed: too many failures in a row.
         """
+        started = time.perf_counter()
         if not self.busy:
             self.wait()
         step, every = self.stage.step, self.settings.every_minutes
@@ -89,6 +93,7 @@ class Saver:
         if not self._due or self._skipping or step < self._retry_at:
             return False
         self.save()
+        self.seconds += time.perf_counter() - started
         return True
 
     @property
@@ -102,7 +107,8 @@ class Saver:
         self._due, self._clock = False, time.monotonic()
         content, self._in_flight = self.stage.content(), self.stage.step
         self._keep = None if self._skipping else self.settings.keep
-        if not sound(content):
+        self._sound = sound(content)
+        if not self._sound:
             self.console.print(f"step {self._in_flight}: the weights are not finite and are not saved", soft_wrap=True)
             return
         self._part = UNDERWAY in content[0]
@@ -168,8 +174,9 @@ class Saver:
         )
         if self.failed >= most:
             raise SavesFailed(
-                f"step {self.stage.step}: {most} saves in a row failed ({error}); earlier checkpoints are untouched: make "
-                "room or mend the folder, then run the same command again"
+                f"step {self.stage.step}: {most} saves in a row failed ({error}); "
+                f"{'earlier checkpoints are untouched' if self.saved_step else 'nothing is saved yet'}: make room or mend the "
+                "folder, then run the same command again"
             )
 
     def saved(self, unit: str) -> str:
@@ -182,12 +189,22 @@ class Saver:
         """Waits, and saves what is not saved yet: with pauses and until it works at the end, in one attempt when interrupted.
 
         paused: the stage is within a step, of which no checkpoint knows.
+
+        Raises:
+            TrainingStopped: the weights are not finite.
         """
         self.wait()
         while paused or self.saved_step != self.stage.step:
             self.save()
             self.wait()
-            if not self.failed or interrupt.asked():
+            if interrupt.asked():
+                return
+            if not self._sound:
+                raise TrainingStopped(
+                    f"the weights of step {self.stage.step} are not finite and are not saved; lower the learning rates in a "
+                    f"branch: {BRANCH_OFF}"
+                )
+            if not self.failed:
                 return
             end = time.monotonic() + min(60, 2 ** (self.failed - 1))
             while time.monotonic() < end and not interrupt.asked():

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution
+from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution, reading
 from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts, split
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.attention import AUTO, BACKENDS, pick_attention
@@ -147,7 +147,8 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
                 "data.prompts: not given; valid are a file of prompts, or data.videos, whose captions serve"
             )
     if source is not None and for_training:
-        prompts = read_prompts(source, "data.prompts", held_out=False, column=config.data.prompt_column)
+        with reading("data.prompts"):
+            prompts = read_prompts(source, "data.prompts", held_out=False, column=config.data.prompt_column)
     run = Run(
         config=config,
         base=base,
@@ -180,7 +181,8 @@ def all_validation_prompts(config: Config) -> list[str]:
     source = config.validation.prompts
     if source is None:
         source = WAN_TINY if config.model.base == WAN_TINY else "library"
-    return load_prompts(source, "validation.prompts", held_out=True, column=config.data.prompt_column)
+    with reading("validation.prompts"):
+        return load_prompts(source, "validation.prompts", held_out=True, column=config.data.prompt_column)
 
 
 def resolve_timesteps(steps: list[float], shift: float) -> list[float]:
@@ -342,7 +344,7 @@ def size_text(size: float) -> str:
 def load_run(ckpt: Path) -> Run:
     """The run that a checkpoint belongs to."""
     checkpoints.check_checkpoint(ckpt, "--ckpt")
-    config = configuration.load(checkpoints.file_of(ckpt, "config.yaml"))
+    config = configuration.load_own(checkpoints.file_of(ckpt, "config.yaml"))
     if ckpt.resolve().parent.name in (
         checkpoints.CHECKPOINTS,
         checkpoints.WARMUP,
@@ -409,12 +411,29 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
             "warning         a causal student that starts from a bidirectional base without a warm-up stays poor: "
             "set warmup.kind"
         )
+    lines += [f"warning         {text}" for text in _without_effect(config)]
     if roles is not None:
         for name in ("student", "fake_score"):
             kind = getattr(config, name).kind
             count = sum(p.numel() for p in roles.parameters(name))
             lines.append(f"{name.replace('_', ' '):<15} {kind}, {count:,} trained parameters")
     return lines
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Settings that a run as short as this one makes nothing of; a short one of a long run's file is tried all the same."""
+    updates, told = config.student_updates, []
+    if config.ema.enabled and config.ema.every > updates:
+        told.append(
+            f"ema.every: {config.ema.every} is above the student's {updates} updates: the average stays where it began"
+        )
+    if config.schedule.warmup_steps >= updates:
+        steps = config.schedule.warmup_steps
+        told.append(f"schedule.warmup_steps: {steps} of the student's {updates} updates: optimizer.lr is not reached")
+    if config.warmup.kind != "none" and config.warmup.lr_warmup_steps >= config.warmup.steps:
+        steps = config.warmup.lr_warmup_steps
+        told.append(f"warmup.lr_warmup_steps: {steps} of warmup.steps {config.warmup.steps}: warmup.lr is not reached")
+    return told
 
 
 def _blocks_text(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -15,14 +16,14 @@ from dmdtrain import config as configuration
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import interrupt, validation
-from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms, measure
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms, measure
 from dmdtrain.train.batches import Batch, Batches
 from dmdtrain.train.checkpoint import CHECKPOINTS
 from dmdtrain.train.clips import Clips
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
-from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
+from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage, telling_unwritten
 from dmdtrain.train.optim import build_optimizer, learning_rate
 from dmdtrain.train.plan import known_rate
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
@@ -165,17 +166,25 @@ class Trainer:
         self.norms[name] = norm
         if finite:
             return total | {f"{name}_grad_norm": norm}
-        failed = dump_bad_step(
+        dump_bad_step(
             *(self.run.output_dir / BAD_STEPS, self.step + 1, name),
             generator_state=batch.generator_state,
             prompts=batch.prompts,
             statistics=total,
             gradient_norms=self.norms,
             draws=batch.draws,
+            console=self.console,
+            **self._real_of(underway, name),
         )
-        if failed:
-            self.console.print(f"step {self.step + 1}: {BAD_STEPS} can not be written ({failed})", soft_wrap=True)
         return None
+
+    def _real_of(self, underway: Underway, name: str) -> dict[str, Any]:
+        """The clips of an update that takes some, and the generator's state from before their noise."""
+        if self.real is None or name != "student":
+            return {}
+        state = {k.removeprefix("real."): value for k, value in underway.random.items() if k.startswith("real.")}
+        clips = drawn_again(self.real.clips.sampler, state, "clips.", self.config.samples_per_update)
+        return {"clips": [str(sample.file) for sample in clips], "more": {"real.generator": state["draws"]}}
 
     def _learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -218,7 +227,8 @@ class Trainer:
         seconds, self.underway = underway.seconds, None
         self.step += 1
         self.student_updates += due  # even where it was skipped, so that the schedule keeps its length
-        count_bad(self, bad, self.config.train.max_bad_steps, "lower optimizer.lr and fake_score.lr")
+        rates = {"optimizer.lr": self.config.optimizer.lr, "fake_score.lr": self.config.fake_score.lr}
+        count_bad(self, bad, self.config.train.max_bad_steps, rates)
         with underway.timed(names[-1]):  # it waits for what the device has left to do
             numbers = as_numbers(values)
         numbers |= self.alarms.step(self.step, numbers)
@@ -263,11 +273,20 @@ class Trainer:
     def save(self) -> Path:
         return checkpoints.write_checkpoint(self.root, self.step, *self.content(), self.config.checkpoint.keep)
 
-    def load(self, folder: Path) -> None:
-        """Everything that `content` saved; ConfigError where it is not this run's."""
+    def load(self, folder: Path, *, anew: bool = False) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's.
+
+        Args:
+            anew: without the gradients of the next step, which a branch with other settings makes from its beginning. An update
+                that is done of it stays in the weights.
+        """
         for name, optimizer in self.optimizers.items():
             checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]
             checkpoints.load_optimizer(name, optimizer, folder)
+        for group in self.optimizers[
+            "fake_score"
+        ].param_groups:  # a branch's may differ; the student's is set at every update
+            group["lr"] = self.config.fake_score.lr
         if self.ema is not None:
             average = checkpoints.read_tensors(folder, "ema")
             checkpoints.check_like(folder, "ema", average, self.ema.weights)
@@ -285,7 +304,8 @@ class Trainer:
         self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", tuple(self.optimizers))
         names, n = self._updates(), self.config.samples_per_update
         left = (lambda: batches.ahead().draws.score_noise) if names[0] == "student" else None
-        self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)
+        if not anew:
+            self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
         self._recall_validation()
 
@@ -337,9 +357,12 @@ class Trainer:
         return self.run.output_dir / "samples" / f"step-{self.step:06d}"
 
     def _results(self) -> dict[str, Any]:
-        """Of this step's validation; empty where there is none."""
-        with suppress(OSError, ValueError):
-            return json.loads((self._samples() / validation.RESULTS).read_text(encoding="utf-8"))
+        """Of this step's validation; empty where there is none, or it is damaged."""
+        with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            results = json.loads((self._samples() / validation.RESULTS).read_text(encoding="utf-8"))
+            found = [*results["measured"].values(), *results["scores"].values()]
+            if all(type(n) in (int, float) and math.isfinite(n) for each in found for n in each.values()):
+                return results
         return {}
 
     def _recall_validation(self, log: MetricsLog | None = None) -> None:
@@ -355,7 +378,7 @@ class Trainer:
         """Whether the run was stopped after this step was saved and before it was validated."""
         every = self.config.validation.every
         due = every and self.step and (self.step % every == 0 or self.step == self.config.train.max_steps)
-        return bool(due) and not (self._samples() / validation.RESULTS).exists()
+        return bool(due) and not self._results()
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -366,11 +389,12 @@ class Trainer:
             self.ema.restart()
         self.reports.enter(self.step)
         if self.config.validation.every:
-            log = MetricsLog(self.run.output_dir, -1, self.config.log.tensorboard, self.console, self.reports)
-            try:
-                self.validate(log)
-            finally:
-                log.close()
+            with telling_unwritten(self.step, self.console):
+                log = MetricsLog(self.run.output_dir, -1, self.config.log.tensorboard, self.console, self.reports)
+                try:
+                    self.validate(log)
+                finally:
+                    log.close()
 
     def fit(self) -> None:
         shown = {"dmd": "dmd_loss", "critic": "critic_loss", "real": "real_data_loss", "grad": "student_grad_norm"}

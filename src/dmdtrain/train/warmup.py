@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,9 +15,10 @@ from dmdtrain.config import ConfigError
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions, read_latents
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import METADATA
+from dmdtrain.files import make_folder
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train import synthesize
-from dmdtrain.train.alarms import BAD_STEPS, Alarms, dump_bad_step, load_alarms
+from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms
 from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.clips import Clips, warmup_key
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
@@ -202,11 +204,20 @@ class Warmup:
                 prompts=captions,
                 statistics=total,
                 gradient_norms={"student": norm},
+                console=self.console,
+                clips=[str(getattr(sample, "file", sample)) for sample in self._drawn(underway)],
+                more={"timestep": batch.timestep.cpu()},
             )
-        count_bad(self, {WARMUP: not finite}, config.train.max_bad_steps, "lower warmup.lr")
+        count_bad(self, {WARMUP: not finite}, config.train.max_bad_steps, {"warmup.lr": config.warmup.lr})
         values = as_numbers(total | {"warmup_grad_norm": norm}) if finite else {}
         values |= self.alarms.step(self.step, values)
         return values | {"lr_warmup": lr, "bad_steps": self.bad_steps}
+
+    def _drawn(self, underway: Underway) -> list[Any]:
+        """The samples of the step in hand."""
+        samples = self.samples
+        sampler = samples.files if isinstance(samples, Synthesized) else samples.sampler
+        return drawn_again(sampler, underway.random, "files.", self.config.samples_per_update)
 
     def _random(self) -> Tensors:
         """Generator and position in the data, between two steps."""
@@ -226,8 +237,12 @@ class Warmup:
         texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
-    def load(self, folder: Path) -> None:
-        """Everything that `content` saved; ConfigError where it is not this run's."""
+    def load(self, folder: Path, *, anew: bool = False) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's.
+
+        Args:
+            anew: without the gradients of the next step, which a branch with other settings makes from its beginning.
+        """
         checkpoints.load_weights(folder, "student", self.roles.named_parameters("student"))
         checkpoints.load_optimizer("student", self.optimizer, folder)
         key = warmup_key(self.run) or "warmup.data"
@@ -236,14 +251,15 @@ class Warmup:
             setattr(self, name, value)
         self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", (WARMUP,))
         n = self.config.samples_per_update
-        self.underway = load_underway(
-            folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
-        )
+        if not anew:
+            self.underway = load_underway(
+                folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
+            )
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
 
     def fit(self) -> None:
         shown = {"loss": "warmup_loss", "grad": "warmup_grad_norm"}
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         run_stage(
             *(self, self.config.warmup.steps, self.root, self.config, self.console),
             shown=shown,
