@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -22,31 +23,42 @@ from dmdtrain.models.offload import HostTensor, Leash, copy_stream, current_stre
 
 PIECE = 8192  # tokens: as fast as all at once on a GPU, also where each piece dequantizes the weights again
 
+Tokenwise = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # of a piece and what is its own, as the piece
 
-Tokenwise = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # of a piece and its rows of temb, as the piece
+# Whether what runs at this moment is in a checkpoint, in its forward or its recompute.
+_in_checkpoint = ContextVar("_in_checkpoint", default=False)
 
 
-def by_piece(function: Tokenwise, hidden: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-    """`function` of each piece of hidden [B, L, D]. Backward keeps hidden alone and computes the rest again, piece by piece: for
-    what is cheap. A compiler decides for itself."""
+def by_piece(function: Tokenwise, hidden: torch.Tensor, of_runs: torch.Tensor | None = None) -> torch.Tensor:
+    """`function` of each piece of hidden [B, L, D], for what is cheap: in a checkpoint backward keeps hidden alone and computes
+    the rest again, piece by piece. Where activations are kept anyway all goes at once; a compiler decides for itself."""
     if torch.compiler.is_compiling():
-        return function(hidden, temb)
-    return _ByPiece.apply(function, hidden, temb)
+        return function(hidden, of_runs)
+    if not torch.is_grad_enabled():
+        return _each(function, hidden, of_runs)
+    return _ByPiece.apply(function, hidden, of_runs) if _in_checkpoint.get() else function(hidden, of_runs)
 
 
-def _each(function: Tokenwise, hidden: torch.Tensor, temb: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    for rows, own in pieces(hidden, temb):
+def _each(
+    function: Tokenwise, hidden: torch.Tensor, of_runs: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Without a graph; out may be hidden."""
+    parts = list(pieces(hidden, of_runs))
+    if len(parts) == 1:
+        return function(hidden, of_runs).detach()
+    out = torch.empty_like(hidden) if out is None else out
+    for rows, own in parts:
         out[:, rows] = function(hidden[:, rows], own).detach()
     return out
 
 
 def _each_backward(
-    function: Tokenwise, hidden: torch.Tensor, temb: torch.Tensor | None, grad: torch.Tensor
+    function: Tokenwise, hidden: torch.Tensor, of_runs: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of hidden, which is detached; those of temb, if it needs one, and of weights are added to their `grad`."""
+    """The gradient of hidden, which is detached; those of of_runs, if it needs one, and of weights are added to their `grad`."""
     found = torch.empty_like(hidden)
-    with torch.enable_grad():  # rows of temb lead to temb
-        for rows, own in pieces(hidden, temb):
+    with torch.enable_grad():  # rows of it lead to it
+        for rows, own in pieces(hidden, of_runs):
             piece = hidden[:, rows].requires_grad_()
             torch.autograd.backward(function(piece, own), grad[:, rows])
             found[:, rows] = piece.grad
@@ -55,18 +67,18 @@ def _each_backward(
 
 class _ByPiece(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Tokenwise, hidden: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, function: Tokenwise, hidden: torch.Tensor, of_runs: torch.Tensor | None) -> torch.Tensor:
         ctx.function, ctx.as_then = function, _as_now(hidden.device)
-        ctx.save_for_backward(hidden, temb)
-        return _each(function, hidden.detach(), temb, torch.empty_like(hidden))
+        ctx.save_for_backward(hidden, of_runs)
+        return _each(function, hidden.detach(), of_runs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor | None]:
-        hidden, temb = ctx.saved_tensors
-        if temb is not None:
-            temb = temb.detach().requires_grad_(ctx.needs_input_grad[2])
-        found = _each_backward(ctx.as_then(ctx.function), hidden.detach(), temb, grad)
-        return None, found, None if temb is None else temb.grad
+        hidden, of_runs = ctx.saved_tensors
+        if of_runs is not None:
+            of_runs = of_runs.detach().requires_grad_(ctx.needs_input_grad[2])
+        found = _each_backward(ctx.as_then(ctx.function), hidden.detach(), of_runs, grad)
+        return None, found, None if of_runs is None else of_runs.grad
 
 
 def _as_now(
@@ -78,12 +90,21 @@ def _as_now(
 
     def as_then(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def run(*args: Any) -> torch.Tensor:
-            with torch.enable_grad(), autocast(), entered():
+            with torch.enable_grad(), autocast(), entered(), _as_checkpoint():
                 return function(*args)
 
         return run
 
     return as_then
+
+
+@contextmanager
+def _as_checkpoint() -> Iterator[None]:
+    token = _in_checkpoint.set(True)
+    try:
+        yield
+    finally:
+        _in_checkpoint.reset(token)
 
 
 class SplitBlock(WanTransformerBlock):
@@ -94,16 +115,17 @@ class SplitBlock(WanTransformerBlock):
 
     def attend(self, hidden: torch.Tensor, temb: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Self-attention, which sees all tokens."""
-        normed = by_piece(lambda piece, own: self._modulated(self.norm1, piece, own, slice(0, 3)), hidden, temb)
-        return _gated(hidden, self.attn1(normed, None, None, rotary), self._modulation(temb, slice(0, 3))[2])
+        modulation = self._modulation(temb, slice(0, 3))
+        normed = by_piece(lambda piece, own: _modulated(self.norm1, piece, own), hidden, modulation)
+        return _gated(hidden, self.attn1(normed, None, None, rotary), modulation)
 
     def transform(self, hidden: torch.Tensor, temb: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Cross-attention and feed-forward, which see each token alone: of a piece [B, l, D] of what `attend` gives, with its
         rows of temb."""
         normed = by_piece(lambda piece, _: self.norm2(piece.float()).type_as(piece), hidden)
         hidden = hidden + self.attn2(normed, context, None, None)
-        normed = self._modulated(self.norm3, hidden, temb, slice(3, 6))
-        return _gated(hidden, self.ffn(normed), self._modulation(temb, slice(3, 6))[2])
+        modulation = self._modulation(temb, slice(3, 6))
+        return _gated(hidden, self.ffn(_modulated(self.norm3, hidden, modulation)), modulation)
 
     def forward(
         self,
@@ -117,35 +139,36 @@ class SplitBlock(WanTransformerBlock):
             return self.transform(hidden, temb, encoder_hidden_states)
         return _each(partial(self.transform, context=encoder_hidden_states), hidden, temb, out=hidden)
 
-    def _modulation(self, temb: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-        """Shift, scale and gate, float32 [B, G, 1, D] each, from three of temb's six rows."""
+    def _modulation(self, temb: torch.Tensor, rows: slice) -> torch.Tensor:
+        """float32 [B, G, 3, D]: shift, scale and gate."""
         temb = temb if temb.ndim == 4 else temb.unsqueeze(1)
-        return (self.scale_shift_table[:, rows] + temb[:, :, rows].float()).unsqueeze(2).unbind(3)
-
-    def _modulated(self, norm: Any, hidden: torch.Tensor, temb: Any, rows: slice) -> torch.Tensor:
-        shift, scale, _ = self._modulation(temb, rows)
-        runs = hidden.unflatten(1, (shift.shape[1], -1))
-        return (norm(runs.float()) * (1 + scale) + shift).type_as(hidden).flatten(1, 2)
+        return self.scale_shift_table[:, rows] + temb[:, :, rows].float()
 
 
-def _gated(hidden: torch.Tensor, change: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    runs = (gate.shape[1], -1)
+def _modulated(norm: Any, hidden: torch.Tensor, modulation: Any) -> torch.Tensor:
+    shift, scale, _ = modulation.unsqueeze(2).unbind(3)  # [B, G, 1, D] each
+    runs = hidden.unflatten(1, (shift.shape[1], -1))
+    return (norm(runs.float()) * (1 + scale) + shift).type_as(hidden).flatten(1, 2)
+
+
+def _gated(hidden: torch.Tensor, change: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+    gate, runs = modulation[:, :, None, 2], (modulation.shape[1], -1)
     return (hidden.unflatten(1, runs).float() + change.unflatten(1, runs) * gate).type_as(hidden).flatten(1, 2)
 
 
-def pieces(hidden: torch.Tensor, temb: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Tokens of about `PIECE` in a batch, the same number each, and the rows of temb that are theirs."""
+def pieces(hidden: torch.Tensor, of_runs: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Tokens of about `PIECE` in a batch, the same number each, and the rows of of_runs that are theirs."""
     length, most = hidden.shape[1], max(1, PIECE // hidden.shape[0])
-    runs = 1 if temb is None or temb.ndim == 3 else temb.shape[1]
-    if temb is None or runs == 1:
+    runs = 1 if of_runs is None or of_runs.ndim == 3 else of_runs.shape[1]
+    if of_runs is None or runs == 1:
         size = -(-length // -(-length // most))
-        yield from ((slice(start, min(start + size, length)), temb) for start in range(0, length, size))
+        yield from ((slice(start, min(start + size, length)), of_runs) for start in range(0, length, size))
         return
     tokens = length // runs
     size = max(1, most // tokens)
     for start in range(0, runs, size):
         stop = min(start + size, runs)
-        yield slice(start * tokens, stop * tokens), temb[:, start:stop]
+        yield slice(start * tokens, stop * tokens), of_runs[:, start:stop]
 
 
 def split_blocks(model: Any) -> None:
@@ -242,7 +265,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.as_then = _as_now(inputs[0].device, entered)
         hidden, context, temb = (value.detach() for value in inputs)
         # As in the recompute: what looks at the grad mode must find the same.
-        with torch.enable_grad(), entered():
+        with torch.enable_grad(), entered(), _as_checkpoint():
             hidden = block.attend(hidden, temb, rotary).detach()
             return _each(partial(block.transform, context=context), hidden, temb, out=hidden)
 
