@@ -386,9 +386,10 @@ def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder)
     )
 
 
-def test_targets_that_match_nothing(config_file):
+@pytest.mark.parametrize("option", [(), ("--dry-run",)])
+def test_targets_that_match_nothing(config_file, option):
     refused(
-        *("fit", config_file({"student.targets": ["nowhere", "to_z"]})),
+        *("fit", config_file({"student.targets": ["nowhere", "to_z"]}), *option),
         says=["student.targets: nowhere, to_z: ", "nowhere is the end of no linear layer"],
     )
 

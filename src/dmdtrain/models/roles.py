@@ -9,7 +9,7 @@ is active by then.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -219,6 +219,14 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def check_targets(module: nn.Module, targets: Sequence[str]) -> None:
+    """Raises ValueError where a target is the end of no linear layer's name."""
+    layers = [key for key, layer in module.named_modules() if isinstance(layer, (nn.Linear, BaseTunerLayer))]
+    for target in targets:
+        if not any(key == target or key.endswith(f".{target}") for key in layers):
+            raise ValueError(f"{target} is the end of no linear layer's name")
+
+
 def add_adapter(
     module: nn.Module, name: str, spec: AdapterSpec, dtype: torch.dtype, init_lora_weights: bool = True
 ) -> None:
@@ -227,10 +235,7 @@ def add_adapter(
     Raises:
         ValueError: a target is the end of no linear layer's name.
     """
-    layers = [key for key, layer in module.named_modules() if isinstance(layer, (nn.Linear, BaseTunerLayer))]
-    for target in spec.targets:
-        if not any(key == target or key.endswith(f".{target}") for key in layers):
-            raise ValueError(f"{target} is the end of no linear layer's name")
+    check_targets(module, spec.targets)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.reports import Reports, check_reports, reporting
 from dmdtrain.train.resume import BRANCH, check_output, describe_branch, locked, pick_checkpoint, resume_from
 from dmdtrain.train.saver import SavesFailed, TrainingStopped
-from dmdtrain.train.setup import Run, attention_of, describe, device_of_this_machine, resolve
+from dmdtrain.train.setup import Run, attention_of, check_adapters, describe, device_of_this_machine, resolve
 from dmdtrain.train.step import check_score_ranges
 from dmdtrain.train.trainer import Trainer
 from dmdtrain.train.warmup import Warmup, check_data
@@ -57,6 +57,7 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     check_score_ranges(config, run.timesteps)
     for folder in (run.base, run.teacher):
         attention_of(config, folder, device_of_this_machine())
+    check_adapters(run)
     with reading("warmup.data"):
         check_data(run)
     resume = resume_from(run.output_dir, resume)

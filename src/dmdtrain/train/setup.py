@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,11 @@ from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_fram
 from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts, split
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.attention import AUTO, BACKENDS, pick_attention
+from dmdtrain.models.checks import empty_model
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.offload import stream_blocks
 from dmdtrain.models.quantize import multiply_in_int8
-from dmdtrain.models.roles import AdapterSpec, Roles, load_parameters
+from dmdtrain.models.roles import AdapterSpec, Roles, check_targets, load_parameters
 from dmdtrain.models.wan import WAN_TINY, WanFolder, find_folder, load_transformer, transformer_digest
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.log import Live
@@ -256,12 +257,26 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
     specs = adapter_specs(config)
     # Adapters draw their first values from the global generator: seed it here, and nowhere else.
     torch.manual_seed(config.train.seed)
-    try:
+    with _of_targets(config):
         return Roles(base, teacher=teacher, trained={n: specs[n] for n in trained}, **role_options(config, trained))
-    except ValueError as error:  # PEFT: no layer matches
+
+
+@contextmanager
+def _of_targets(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
         raise ConfigError(
             f"student.targets: {', '.join(config.student.targets)}: {str(error).splitlines()[0]}"
         ) from None
+
+
+def check_adapters(run: Run) -> None:
+    """ConfigError where student.targets has none in the base; no weights are loaded."""
+    specs = [spec for spec in adapter_specs(run.config).values() if spec is not None]
+    if specs:
+        with _of_targets(run.config):
+            check_targets(empty_model("transformer", run.base.transformer), specs[0].targets)
 
 
 def _quantize_on(config: Config, device: torch.device) -> torch.device | None:
