@@ -386,6 +386,15 @@ def test_a_causal_student_needs_patches_of_one_frame(refused_fit, broken_folder)
     )
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(given, wanted):
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, sys, dmdtrain.__main__; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = others | ({} if given is None else {"OMP_WAIT_POLICY": given})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == wanted, done.stderr
+
+
 @pytest.mark.parametrize("option", [(), ("--dry-run",)])
 def test_targets_that_match_nothing(config_file, option):
     refused(
