@@ -35,12 +35,12 @@ def pair() -> tuple[nn.Module, SplitBlock]:
     return stock, model.blocks[0]
 
 
-def inputs(runs: int | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def inputs(runs: int | None) -> list[torch.Tensor]:
     """hidden, context, temb of two videos; runs: timesteps of a video, None for one."""
     generator = torch.Generator().manual_seed(2)
     temb = (2, 6, WIDTH) if runs is None else (2, runs, 6, WIDTH)
     shapes = [(2, FRAMES * TOKENS, WIDTH), (2, TEXT, WIDTH), temb]
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
 def rotary() -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dmdtrain.models.offload import HostTensor, Leash, copy_stream, current_stream
 
-PIECE = 8192  # tokens: as fast as all at once on a GPU, also where each piece dequantizes the weights again
+PIECE = 8192  # tokens: enough to fill a GPU, and to make little of dequantizing the weights for each piece
 
 Tokenwise = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # of a piece and what is its own, as the piece
 
