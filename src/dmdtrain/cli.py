@@ -72,7 +72,7 @@ def _told() -> Iterator[None]:
         raise RuntimeError("a file ends early; of an import: delete that package's __pycache__") from error
     except KeyboardInterrupt as stop:
         by = stop.asked if isinstance(stop, interrupt.Interrupted) else interrupt.SIGNALS[0]
-        raise _end(interrupt.exit_code(by), interrupt.TEXT.removeprefix("dmdtrain: ")) from None
+        raise _end(interrupt.exit_code(by), interrupt.TEXT) from None
 
 
 def _end(code: int, text: str) -> typer.Exit:

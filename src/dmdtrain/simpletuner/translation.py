@@ -30,9 +30,8 @@ class Translation:
     prompts: list[str] = field(default_factory=list)  # of the file beside the YAML
     to_do: list[str] = field(default_factory=list)
     dataset: str = ""  # whose keys are being translated; none: the configuration's
-    said_by: dict[str, str] = field(
-        default_factory=dict
-    )  # ours, one for all datasets -> the dataset that said it first
+    # Ours, one for all datasets -> the dataset that said it first.
+    said_by: dict[str, str] = field(default_factory=dict)
 
     def put(self, ours: str, value: Any, source: str, comment: str = "") -> None:
         self.values[ours] = value

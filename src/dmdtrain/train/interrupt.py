@@ -23,7 +23,7 @@ NOTICES = (signal.SIGHUP, signal.SIGUSR1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *NOTICES)
 BY_USER, BY_MACHINE = 130, 75  # exit codes: Ctrl-C; EX_TEMPFAIL, after which the same command is to be run again
 SHOW_CURSOR = b"\x1b[?25h"
-TEXT = "dmdtrain: interrupted; the last checkpoint is intact, the same command goes on from it"
+TEXT = "interrupted; the last checkpoint is intact, the same command goes on from it"
 
 _asked: signal.Signals | None = None
 _decided: int | None = None  # the exit code
@@ -87,7 +87,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _decided is not None:
         _leave(_decided)
     if before is None and not _patient and (not _working or _importing(frame)):
-        _write(2, f"{TEXT}\n".encode())
+        _write(2, f"dmdtrain: {TEXT}\n".encode())
         _leave(exit_code(now))
     if before is None or before in NOTICES:
         _asked = now

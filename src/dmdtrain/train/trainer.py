@@ -283,9 +283,8 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]
             checkpoints.load_optimizer(name, optimizer, folder)
-        for group in self.optimizers[
-            "fake_score"
-        ].param_groups:  # a branch's may differ; the student's is set at every update
+        # A branch's may differ; the student's is set at every update.
+        for group in self.optimizers["fake_score"].param_groups:
             group["lr"] = self.config.fake_score.lr
         if self.ema is not None:
             average = checkpoints.read_tensors(folder, "ema")
