@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from dmdtrain import config as configuration
 from dmdtrain.config import Config, ConfigError, build
 from dmdtrain.files import sync
 from dmdtrain.train import checkpoint as checkpoints
+from dmdtrain.train import saver
 from dmdtrain.train.alarms import ADVICE
 from dmdtrain.train.checkpoint import (
     check_checkpoint,
@@ -988,7 +990,12 @@ def test_names_that_are_taken_by_something_else(small, name):
     assert refusal(fitted, small) == f"output_dir: {place} {says}"
 
 
-def test_what_is_told_of_a_run_that_diverges_can_be_followed(settings, tmp_path):
+def test_what_is_told_of_a_run_that_diverges_can_be_followed(settings, tmp_path, monkeypatch):
+    def on_a_slow_disk(*arguments):
+        time.sleep(2)  # the next step diverges meanwhile
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(saver, "write_checkpoint", on_a_slow_disk)
     file = tmp_path / "run.yaml"
     settings["optimizer"]["lr"] = settings["fake_score"]["lr"] = 1e30
     settings["checkpoint"]["every"] = settings["train"]["max_bad_steps"] = 1

@@ -37,6 +37,14 @@ class Stage(Saved, Protocol):
         ...
 
 
+class Diverged(TrainingStopped):
+    """Too many updates in a row were not finite. `rates`: the learning rates that a branch should lower, by their keys."""
+
+    def __init__(self, what: str, rates: Mapping[str, float]):
+        super().__init__(what)
+        self.rates = rates
+
+
 def guarded_step(
     underway: Underway,
     optimizer: torch.optim.Optimizer,
@@ -59,10 +67,10 @@ def guarded_step(
 
 
 def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, rates: Mapping[str, float]) -> None:
-    """Counts updates that were skipped because they were not finite; TrainingStopped after `limit` of one role in a row.
+    """Counts updates that were skipped because they were not finite; Diverged after `limit` of one role in a row.
 
     Args:
-        bad: the step's updates, and whether each was. rates: the learning rates that a branch should lower, by their keys.
+        bad: the step's updates, and whether each was. rates: of `Diverged`.
     """
     stage.bad_steps += any(bad.values())
     for name, skipped in bad.items():
@@ -74,9 +82,8 @@ def count_bad(stage: Stage, bad: Mapping[str, bool], limit: int, rates: Mapping[
                 soft_wrap=True,
             )
         if count >= limit:
-            raise TrainingStopped(
-                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row; lower "
-                f"{' and '.join(rates)} in a branch: {_with_lower(rates, stage.root.parent)}"
+            raise Diverged(
+                f"step {stage.step}: loss or gradient of {name} was not finite {count} times in a row", rates
             )
 
 
@@ -180,6 +187,10 @@ def run_stage(
                 at = f"in {unit} {stage.step + 1}" if paused else f"at {unit} {stage.step}"
                 console.print(f"stopped {at}; saved: {saver.saved(unit)}", soft_wrap=True)
         interrupt.check()
+    except Diverged as error:
+        saver.close()  # what is in flight is the newest checkpoint to branch from
+        lower = f"lower {' and '.join(error.rates)} in a branch: {_with_lower(error.rates, stage.root.parent)}"
+        raise TrainingStopped(f"{error}; {lower}") from None
     finally:
         saver.close()
         log.close()
