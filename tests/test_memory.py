@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import yaml
 from conftest import done, refused, run_cli, tiny_transformer
 from rich.console import Console
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmdtrain.config import ConfigError, build
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.models import block, quantize
+from dmdtrain.models import block, offload, quantize
 from dmdtrain.models.attention import norm_queries_and_keys, pick_attention, works
 from dmdtrain.models.decode import decode_latents
-from dmdtrain.models.offload import HostTensor, StreamedLinear, stream_blocks
+from dmdtrain.models.offload import HostTensor, StreamedLinear, pinned_empty, stream_blocks
 from dmdtrain.models.quantize import Int8Linear, Int8Tensor, int8_matmul, multiply_in_int8, quantized_linear
 from dmdtrain.models.roles import AdapterSpec, Roles, cast_weights
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
@@ -305,6 +307,40 @@ def test_a_host_tensor_comes_back_whole_as_often_as_wanted():
     kept.prefetch()
     kept.forget()
     assert torch.equal(kept.get(), x)
+
+
+def test_pinned_tensors_share_chunks_that_are_gone_with_them(monkeypatch):
+    monkeypatch.setattr(offload, "_chunks", {})
+    made = [pinned_empty((3, n), torch.bfloat16, "weights", pin=False) for n in (5, 7, 0, 2**18)]
+    other = pinned_empty((3, 5), torch.float32, "cache", pin=False)
+    for value, tensor in enumerate((*made, other)):
+        tensor.fill_(value)
+    for value, tensor in enumerate((*made, other)):
+        assert (tensor == value).all() and tensor.data_ptr() % 64 == 0
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (*made, other)]
+    assert storages[0] == storages[1] == storages[2] and len({storages[0], storages[3], storages[4]}) == 3
+    gone = weakref.ref(made[0].untyped_storage())
+    del made, tensor
+    assert gone() is None
+
+
+@pytest.mark.parametrize("use", ["int8", "bf16", "cache", "checkpoints"])
+def test_pinned_memory_of_a_14b_is_little_more_than_its_tensors(monkeypatch, use):
+    """As PyTorch counts it: powers of two."""
+    monkeypatch.setattr(offload, "_chunks", {})
+    block = [(5120, 5120)] * 8 + [(5120, 13824)] * 2
+    shapes, dtype = {
+        "int8": (block * 40, torch.int8),
+        "bf16": (block * 40, torch.bfloat16),
+        "cache": ([(1, 3 * 1560, 40, 128)] * 2 * 6 * 40, torch.bfloat16),
+        "checkpoints": ([(1, 32760, 5120)] * 40, torch.bfloat16),
+    }[use]
+    with FakeTensorMode():
+        made = [pinned_empty(shape, dtype, use, pin=False) for shape in shapes]
+        chunks = {tensor.untyped_storage() for tensor in made}
+    taken, wanted = sum(chunk.nbytes() for chunk in chunks), sum(tensor.nbytes for tensor in made)
+    assert all(chunk.nbytes().bit_count() == 1 for chunk in chunks)
+    assert taken < 1.07 * wanted + offload.CHUNK
 
 
 # ------------------------------------------------------------------------------------------------------------- int8

@@ -236,7 +236,7 @@ class _OnDevice:
 
 class _OnHost:
     def __init__(self, hidden: torch.Tensor, before: _OnHost | None, leash: Leash):
-        self.tensor: HostTensor | None = HostTensor(hidden.detach())
+        self.tensor: HostTensor | None = HostTensor(hidden.detach(), use="checkpoints")
         self.leash = leash
         self.before = None if before is None else weakref.ref(before)
 

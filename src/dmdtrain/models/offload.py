@@ -7,7 +7,8 @@ side a tensor belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import nn
 
 from dmdtrain.models.quantize import may_round, unloaded
 
+CHUNK = 2**31  # bytes of pinned memory that are asked for at once, at most
 _making_host_tensors = False
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+_chunks: dict[str, tuple[torch.Tensor, int]] = {}  # the newest one for each use, and where it is free from
 
 
 @contextmanager
@@ -51,6 +54,22 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def pinned_empty(shape: Sequence[int], dtype: torch.dtype, use: str, pin: bool = True) -> torch.Tensor:
+    """Uninitialised pinned memory. It is cut from chunks, since PyTorch takes a power of two for each tensor: of Wan 14B's it
+    would waste a third. A chunk goes back when none of its tensors is left.
+
+    Args:
+        use: tensors that live equally long share chunks.
+    """
+    size = dtype.itemsize * math.prod(shape)
+    chunk, start = _chunks.get(use, (None, 0))
+    if chunk is None or start + size > chunk.numel():
+        room = max(2**20, size, min(8 * size, CHUNK))
+        chunk, start = torch.empty(1 << (room - 1).bit_length(), dtype=torch.uint8, pin_memory=pin), 0
+    _chunks[use] = chunk, start + math.ceil(size / 512) * 512  # aligned as PyTorch's own
+    return chunk[start : start + size].view(dtype).view(tuple(shape))
+
+
 class Leash:
     """Keeps the host at most two steps ahead of a device, which frees the memory of a step only when it has come past it."""
 
@@ -74,17 +93,19 @@ class HostTensor:
 
     Args:
         tensor: on the device, or on the host already. device: where `get` brings it; None: where the tensor is.
+        use: as `pinned_empty` takes it.
     """
 
-    def __init__(self, tensor: torch.Tensor, device: torch.device | None = None):
+    def __init__(self, tensor: torch.Tensor, device: torch.device | None = None, use: str = "cache"):
         self.device = device or tensor.device
-        stream = copy_stream(self.device)
-        with _host_tensors():
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=stream is not None)
         self._ahead: tuple[torch.Tensor, Any] | None = None
+        stream = copy_stream(self.device)
         if stream is None:
+            with _host_tensors():
+                self.host = torch.empty(tensor.shape, dtype=tensor.dtype)
             self.host.copy_(tensor)
             return
+        self.host = pinned_empty(tensor.shape, tensor.dtype, use)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.host.copy_(tensor, non_blocking=True)
@@ -134,7 +155,7 @@ class BlockStream:
         """Takes a weight over; its place among the block's."""
         while len(self._blocks) <= block:
             self._blocks.append([])
-        self._blocks[block].append(HostTensor(weight, self.device))
+        self._blocks[block].append(HostTensor(weight, self.device, "weights"))
         return len(self._blocks[block]) - 1
 
     def weight(self, block: int, place: int) -> torch.Tensor:

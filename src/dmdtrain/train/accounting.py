@@ -152,8 +152,9 @@ def measure(run: Run, num_layers: int) -> Measured:
                 paged += moments
             else:
                 items[f"{name} optimizer"] = moments
-        if config.ema.enabled and config.ema.keep_on == "device":
-            items["average"] = sum(4 * p.numel() for p in trained["student"])
+        average = sum(4 * p.numel() for p in trained["student"]) if config.ema.enabled else 0
+        if config.ema.keep_on == "device":
+            items["average"] = average
         distiller = Distiller(roles, config, run.timesteps, run.latent_shape, torch.empty(1, *_context(run)))
         layout = distiller.layouts[-1]
         draws = Draws(
@@ -199,6 +200,8 @@ def measure(run: Run, num_layers: int) -> Measured:
             _validate(run, distiller, peaks)
             del kept
     found.host = live.host_peak + paged
+    if config.ema.keep_on == "host":
+        found.host += 2 * average  # and the weights that it is updated from
     return found
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from dmdtrain.models.offload import pinned_empty
+
 
 class Ema:
     """Float32 average, updated at every `every`-th student update. `weights` are by the names of `parameters`.
@@ -29,8 +31,7 @@ class Ema:
         own = [p.detach() for p in self._parameters.values()]
         if self.device is None or self.device.type != "cpu" or not any(p.is_cuda for p in own):
             return [p.to(self.device or p.device, torch.float32) for p in own]
-        kind = {"dtype": torch.float32, "pin_memory": True}
-        there = [torch.empty(p.shape, **kind).copy_(p, non_blocking=True) for p in own]
+        there = [pinned_empty(p.shape, torch.float32, "average").copy_(p, non_blocking=True) for p in own]
         torch.cuda.current_stream().synchronize()
         return there
 
