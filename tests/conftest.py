@@ -50,6 +50,14 @@ def tiny_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def without_gpu(request, monkeypatch):
+    """Tests are of the CPU, but for those with the mark `gpu`."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of commands that a test starts
+
+
 @pytest.fixture
 def one_thread():
     """Models of a few thousand weights: threads cost more than they give."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from dmdtrain.models.quantize import Int8Linear, int8_matmul
 from dmdtrain.train.setup import attention_of, resolve
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "dmd_step.py"
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before any test uses cuBLAS, which looks once
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -48,7 +48,7 @@ def why_not(backend: str, device: torch.device, head_dim: int, dtype: torch.dtyp
     try:
         with attention_backend(backend):  # it says which package is missing, and fetches kernels of the hub
             out = dispatch_attention_fn(*inputs)
-        gradients = torch.autograd.grad(out.sum(), inputs) if out.requires_grad else ()
+        gradients = torch.autograd.grad(out, inputs, torch.ones_like(out)) if out.requires_grad else ()
         if gradients and all(torch.isfinite(gradient).all() for gradient in gradients):
             return None
         return "its gradient is not finite" if gradients else "it has no backward"

@@ -65,7 +65,8 @@ def pinned_empty(shape: Sequence[int], dtype: torch.dtype, use: str, pin: bool =
     chunk, start = _chunks.get(use, (None, 0))
     if chunk is None or start + size > chunk.numel():
         room = max(2**20, size, min(8 * size, CHUNK))
-        chunk, start = torch.empty(1 << (room - 1).bit_length(), dtype=torch.uint8, pin_memory=pin), 0
+        with _host_tensors():
+            chunk, start = torch.empty(1 << (room - 1).bit_length(), dtype=torch.uint8, pin_memory=pin), 0
     _chunks[use] = chunk, start + math.ceil(size / 512) * 512  # aligned as PyTorch's own
     return chunk[start : start + size].view(dtype).view(tuple(shape))
 

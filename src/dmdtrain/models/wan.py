@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -146,6 +148,21 @@ def load_vae(folder: WanFolder) -> Any:
     from diffusers import AutoencoderKLWan
 
     return _loaded(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32).requires_grad_(False).eval()
+
+
+@contextmanager
+def codec(folder: WanFolder, device: torch.device) -> Iterator[Any]:
+    """The VAE on a device, loaded for the while and freed after it."""
+    import torch
+
+    vae = load_vae(folder).to(device)
+    try:
+        yield vae
+    finally:
+        vae.to("meta")  # who was given it may still have a name for it
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def load_text_encoder(folder: WanFolder, precision: str, quantize_on: torch.device | None = None) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,16 +86,15 @@ def _empty_roles(run: Run, num_layers: int) -> tuple[Roles, nn.Module | None]:
                 if type(layer) is nn.Linear:
                     parent, _, child = name.rpartition(".")
                     setattr(model.blocks.get_submodule(parent), child, empty_quantized(layer, precision))
+        if config.model.int8_matmul:
+            multiply_in_int8(model)
         return model
 
     model = config.model
     base = transformer(run.base.transformer, model.precision)
-    if model.int8_matmul:
-        multiply_in_int8(base)
     teacher = None
-    teacher_precision = model.teacher_precision or model.precision
-    if run.teacher.name != run.base.name or teacher_precision != model.precision:
-        teacher = transformer(run.teacher.transformer, teacher_precision)
+    if run.own_teacher:
+        teacher = transformer(run.teacher.transformer, model.teacher_precision or model.precision)
     options = role_options(config) | {"compile_backend": None}
     with torch.device("meta"):
         roles = Roles(base, teacher=teacher, trained=specs, **options)
@@ -120,6 +120,8 @@ class Measured:
     items: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    checkpoint: int = 0  # bytes of what one holds
+    warmup_checkpoint: int = 0  # and one of the warm-up's
     teacher_host: int = 0  # of a teacher of its own, part of `host`
 
 
@@ -131,7 +133,8 @@ def measure(run: Run, num_layers: int) -> Measured:
     items = found.items
     n, paged = config.train.batch_size, 0
     channels, frames, height, width = run.latent_shape
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    # Diffusers keeps one backend for the whole process: that of a model which has run on a GPU can not take fake tensors.
+    with attention_backend("native"), FakeTensorMode(allow_non_fake_inputs=True), live:
         modules = {id(role.module): role.module for role in roles.roles.values()}
         for module in modules.values():
             _materialise(module)
@@ -148,11 +151,15 @@ def measure(run: Run, num_layers: int) -> Measured:
         for name, size in sizes.items():
             items[f"{name} weights"] = size
             moments = optimizer_bytes(config.optimizer.name, trained[name])
+            found.checkpoint += size + moments
+            if name == "student" and config.warmup.kind != "none":
+                found.warmup_checkpoint = size + moments
             if config.optimizer.name.startswith("paged"):
                 paged += moments
             else:
                 items[f"{name} optimizer"] = moments
         average = sum(4 * p.numel() for p in trained["student"]) if config.ema.enabled else 0
+        found.checkpoint += average
         if config.ema.keep_on == "device":
             items["average"] = average
         distiller = Distiller(roles, config, run.timesteps, run.latent_shape, torch.empty(1, *_context(run)))

@@ -36,7 +36,7 @@ from dmdtrain.data.buckets import OtherItems
 from dmdtrain.files import make_folder, naming
 from dmdtrain.files import sync as _sync
 from dmdtrain.models.roles import load_parameters
-from dmdtrain.train.optim import moments, put_back_pages
+from dmdtrain.train.optim import moments, restore
 
 FORMAT = 1
 MANIFEST, KEEP = "manifest.json", "KEEP"
@@ -450,8 +450,7 @@ def load_optimizer(name: str, optimizer: torch.optim.Optimizer, folder: Path) ->
     with understood(folder, f"optimizer_{name}.json"):
         state = join_state(tensors, tree)
         _check_optimizer(optimizer, state)
-        optimizer.load_state_dict(state)
-        put_back_pages(optimizer)
+        restore(optimizer, state)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:

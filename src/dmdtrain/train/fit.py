@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,17 +43,17 @@ def smaller(config: Config) -> str:
     """What makes the run smaller: first what the same run can go on with."""
     same: list[str] = []
     new: list[str] = []
-    after = config
     for change in changes(config):
-        before, after = after, configuration.changed(after, change)
         named = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-        (new if configuration.differences(before, after) else same).append(named)
+        (new if configuration.differences(config, configuration.changed(config, change)) else same).append(named)
     told = [f"the same run can go on with {'; '.join(same[:3])}"] if same else []
     told += [f"a new one with {'; '.join(new[:3])}"] if new else []
     return f"{', '.join(told) or 'fewer frames or a smaller resolution help'} (dmdtrain plan CONFIG says by how much)"
 
 
 def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool) -> None:
+    if config.train.deterministic:  # cuBLAS looks once, when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run = resolve(config)
     check_score_ranges(config, run.timesteps)
     for folder in (run.base, run.teacher):

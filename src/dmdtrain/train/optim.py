@@ -37,8 +37,10 @@ def build_optimizer(
         return torch.optim.AdamW(parameters, **options, fused=True)
     if name == "adamw_bf16":
         import optimi
+        from optimi.utils import HAS_TRITON
 
-        return optimi.AdamW(parameters, **options, kahan_sum=True)
+        triton = HAS_TRITON and all(parameter.is_cuda for parameter in parameters)
+        return optimi.AdamW(parameters, **options, kahan_sum=True, triton=triton)
     if name in ("adamw8bit", "paged_adamw8bit"):
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
@@ -58,8 +60,11 @@ def moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> 
     return {"exp_avg": tensor, "exp_avg_sq": tensor, "kahan_comp": compensation}
 
 
-def put_back_pages(optimizer: torch.optim.Optimizer) -> None:
-    """After `load_state_dict`, which leaves a paged optimizer's moments in ordinary device memory."""
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads what `state_dict` gave, perhaps on another device: with the kernels, and in the memory, that are this one's."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group.update({key: optimizer.defaults[key] for key in ("fused", "triton") if key in optimizer.defaults})
     if not getattr(optimizer, "is_paged", False):
         return
     for parameter, state in optimizer.state.items():

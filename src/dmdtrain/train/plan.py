@@ -36,18 +36,18 @@ HOST_GIB = 5  # Python, libraries, a layer that is read, a checkpoint that is wr
 ENCODED_TOGETHER = 16  # prompts, by `TextCache.prepare`
 CONTEXT_GIB = 0.8  # CUDA context, cuBLAS workspaces, fragments
 
-# Name -> (GiB of memory, dense bf16 TFLOP/s), by the makers' data sheets.
+# Name -> (GiB that CUDA says there are, dense bf16 TFLOP/s by the maker's data sheet).
 GPUS = {
-    "3090": (24, 71),
-    "4090": (24, 165),
-    "5090": (32, 210),
-    "a6000": (48, 155),
-    "l40s": (48, 362),
-    "a100-40": (40, 312),
-    "a100-80": (80, 312),
-    "h100": (80, 989),
-    "h200": (141, 989),
-    "b200": (180, 2250),
+    "3090": (23.6, 71),
+    "4090": (23.5, 165),
+    "5090": (31.3, 210),
+    "a6000": (47.4, 155),
+    "l40s": (44.4, 362),
+    "a100-40": (39.4, 312),
+    "a100-80": (79.1, 312),
+    "h100": (79.1, 989),
+    "h200": (139.7, 989),
+    "b200": (178.3, 2250),
 }
 
 
@@ -63,6 +63,7 @@ class Plan:
     kv_cache: int = 0  # bytes of it, part of the phases, or of the host's where it lies there
     text_encoder: int = 0  # bytes, before everything else
     checkpoint: int = 0  # bytes on disk of one
+    warmup_checkpoint: int = 0  # of one of the warm-up's
 
     @property
     def resident(self) -> int:
@@ -145,14 +146,14 @@ def make_plan(run: Run) -> Plan:
         host=whole(low.host, high.host),
         kv_cache=kv_cache_bytes(run),
         text_encoder=text_encoder_bytes(run),
+        checkpoint=whole(low.checkpoint, high.checkpoint),
+        warmup_checkpoint=whole(low.warmup_checkpoint, high.warmup_checkpoint),
     )
-    if run.teacher.name != run.base.name:  # its number of blocks is its own
+    if run.own_teacher:  # its number of blocks is its own
         own = run.teacher.transformer["num_layers"]
         plan.items["teacher"] = whole(low.items["teacher"], high.items["teacher"], own)
         of_both = (low.teacher_host, high.teacher_host)
         plan.host += whole(*of_both, own) - whole(*of_both)
-    kept = ("student weights", "fake_score weights", "student optimizer", "fake_score optimizer", "average")
-    plan.checkpoint = sum(plan.items.get(name, 0) for name in kept)
     plan.items = {name: size for name, size in plan.items.items() if size}
     return plan
 
@@ -204,8 +205,10 @@ def report(run: Run, plan: Plan, vram: float | None, gpu: str | None) -> list[st
     needed = plan.host_peak(config)
     options = f", {plan.host / GIB:.1f} of it for what lies there instead of on the GPU" if plan.host else ""
     lines.append(f"{'host memory':<24}{needed / GIB:8.2f} GiB{options}")
-    disk = plan.checkpoint * (config.checkpoint.keep + 1) / GIB
-    lines.append(f"{'disk':<24}{disk:8.2f} GiB: {config.checkpoint.keep} checkpoints, and one more while it is written")
+    keep = config.checkpoint.keep
+    disk = plan.checkpoint * (keep + 1) + plan.warmup_checkpoint * keep
+    of_both = f", {keep} of the warm-up" if plan.warmup_checkpoint else ""
+    lines.append(f"{'disk':<24}{disk / GIB:8.2f} GiB: {keep} checkpoints, and one more while it is written{of_both}")
     total = sum(plan.flops.values())
     shares = ", ".join(f"{name} {flops / 1e12:.1f}" for name, flops in plan.flops.items())
     lines.append(f"{'a step':<24}{total / 1e12:8.1f} TFLOP ({shares})")
@@ -233,7 +236,7 @@ def memory_lines(run: Run, free: int) -> Iterator[str]:
         yield "warning: it will probably not fit"
         yield from suggestions(run, made, free)
     needed, there = made.host_peak(run.config), free_memory()
-    if made.host and needed > there > 0:
+    if needed > there > 0:
         yield f"warning: {needed / GIB:.1f} GiB of host memory planned, {there / GIB:.1f} free"
 
 
@@ -245,9 +248,9 @@ def known_rate(device_name: str) -> float | None:
 
 
 def changes(config: Config) -> list[dict[str, Any]]:
-    """What makes a run smaller, the cheapest in quality and time first; each one on top of those before it."""
+    """What makes a run smaller, the cheapest in quality and time first; each alone can be made."""
     steps: list[dict[str, Any]] = []
-    train, precision = config.train, config.model.precision
+    model, train = config.model, config.train
     if config.validation.every and config.validation.tiled_decoding is not True:
         steps.append({"validation.tiled_decoding": True})
     sizes = (config.validation.resolution, config.data.resolution)
@@ -260,44 +263,61 @@ def changes(config: Config) -> list[dict[str, Any]]:
         steps.append({"train.checkpoint_replay": True})
     if train.batch_size > 1:
         steps.append({"train.batch_size": 1, "train.gradient_accumulation": config.samples_per_update})
-    if train.batched_guidance:
-        steps.append({"train.batched_guidance": False})
-    if config.optimizer.name == "adamw":
-        steps.append({"optimizer.name": "adamw8bit"})
-    for name in ("student", "fake_score"):
-        if getattr(config, name).kind == "full":
-            steps.append({f"{name}.kind": "lora"})
+    # The same numbers, from host memory.
     if train.checkpoints_on == "device":
         steps.append({"train.checkpoints_on": "host"})
+    if config.rollout.causal and config.rollout.kv_cache != "host":
+        steps.append({"rollout.kv_cache": "host"})
+    if train.batched_guidance:
+        steps.append({"train.batched_guidance": False})
+    if not model.offload_blocks:
+        steps.append({"model.offload_blocks": True})
+    if config.ema.enabled and config.ema.keep_on == "device":
+        steps.append({"ema.keep_on": "host"})
+    # Other numbers.
+    if config.optimizer.name in ("adamw", "adamw_bf16"):
+        steps.append({"optimizer.name": "adamw8bit"})
+    steps += [{key: "int8"} for key, precision in _precisions(config) if precision in ("fp32", "bf16")]
+    if config.optimizer.name != "paged_adamw8bit":
+        steps.append({"optimizer.name": "paged_adamw8bit"})
     taught = config.warmup.kind != "none" or config.dmd.real_data_loss_weight > 0
     if config.rollout.causal and taught and config.warmup.context_gradient:
         steps.append({"warmup.context_gradient": False})
-    if precision in ("fp32", "bf16"):
-        steps.append({"model.precision": "int8"})
-    if config.rollout.causal and config.rollout.kv_cache != "host":
-        steps.append({"rollout.kv_cache": "host"})
-    if precision != "nf4":
-        steps.append({"model.precision": "nf4", "model.int8_matmul": False})
-    if config.ema.enabled and config.ema.keep_on == "device":
-        steps.append({"ema.keep_on": "host"})
-    if not config.model.offload_blocks:
-        steps.append({"model.offload_blocks": True})
-    if config.optimizer.name != "paged_adamw8bit":
-        steps.append({"optimizer.name": "paged_adamw8bit"})
+    steps += [{f"{name}.kind": "lora"} for name in ("student", "fake_score") if getattr(config, name).kind == "full"]
+    for key, precision in _precisions(config):
+        if precision != "nf4":
+            steps.append({key: "nf4"} | ({"model.int8_matmul": False} if key == "model.precision" else {}))
     smaller = {"fp32": "int8", "bf16": "int8", "int8": "nf4", "int8-llm": "nf4"}
-    if config.model.text_encoder_precision in smaller:
-        steps.append({"model.text_encoder_precision": smaller[config.model.text_encoder_precision]})
-    return steps
+    if model.text_encoder_precision in smaller:
+        steps.append({"model.text_encoder_precision": smaller[model.text_encoder_precision]})
+    return [step for step in steps if _possible(config, step)]
 
 
-# What a change makes smaller, where it is not all that is trained.
+def _precisions(config: Config) -> list[tuple[str, str]]:
+    """Of the base and of a teacher of its own, by their keys."""
+    model = config.model
+    own = [("model.teacher_precision", model.teacher_precision or model.precision)] if model.teacher else []
+    return [*own, ("model.precision", model.precision)]
+
+
+def _possible(config: Config, change: dict[str, Any]) -> bool:
+    try:
+        changed(config, change)
+    except ConfigError:
+        return False
+    return True
+
+
+# What a change makes smaller, where it is not all that is trained. What the replay of a rollout's last block needs is there
+# from the rollout on.
+_REPLAYED = ("rollout", "scores", "replay")
 RELIEVES = {
-    "train.batch_size": ("rollout", "scores", "replay", "critic", "real_data", "warm-up"),
-    "train.gradient_checkpointing": ("replay", "critic", "real_data", "warm-up"),
-    "train.checkpoints_on": ("replay", "critic", "real_data", "warm-up"),
-    "train.checkpoint_replay": ("replay",),
+    "train.batch_size": (*_REPLAYED, "critic", "real_data", "warm-up"),
+    "train.gradient_checkpointing": (*_REPLAYED, "critic", "real_data", "warm-up"),
+    "train.checkpoints_on": (*_REPLAYED, "critic", "real_data", "warm-up"),
+    "train.checkpoint_replay": _REPLAYED,
     "train.batched_guidance": ("scores",),
-    "rollout.kv_cache": ("rollout", "scores", "replay", "real_data", "sampling", "warm-up"),
+    "rollout.kv_cache": (*_REPLAYED, "real_data", "sampling", "warm-up"),
     "warmup.context_gradient": ("real_data", "warm-up"),
     "validation.tiled_decoding": ("decoding",),
     "validation.resolution": ("sampling", "decoding"),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,7 +22,7 @@ from dmdtrain.data.latents import LatentCache
 from dmdtrain.data.sources import SourceIndex, hash_of
 from dmdtrain.data.videos import Dropped, Unreadable, shown
 from dmdtrain.models.decode import encode_videos
-from dmdtrain.models.wan import WanFolder, load_vae, part_folder
+from dmdtrain.models.wan import WanFolder, codec, part_folder
 from dmdtrain.train.clips import (
     REPORT,
     Clips,
@@ -139,7 +136,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
 
     failed: dict[str, ValueError] = {}
     with (
-        codec_of(run, device) as vae,
+        codec(run.base, device) as vae,
         quiet_images(),
         ThreadPoolExecutor(AHEAD) as pool,
         Live(len(missing), 0, console, unit="clip") as live,
@@ -156,20 +153,9 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
                 if data.on_bad_video == "error":
                     break
             live.step(count, "")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     return failed
-
-
-@contextmanager
-def codec_of(run: Run, device: torch.device) -> Iterator[Any]:
-    """The codec, loaded for the while and freed after it."""
-    vae = load_vae(run.base).to(device)
-    try:
-        yield vae
-    finally:
-        del vae
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 class ClipLoader:

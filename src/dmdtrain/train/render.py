@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ from dmdtrain.flow import sigma_from_timestep
 from dmdtrain.models.decode import StreamDecoder, decode_latents
 from dmdtrain.models.encode import TextCache
 from dmdtrain.models.roles import Roles
-from dmdtrain.models.wan import load_scheduler, load_vae
+from dmdtrain.models.wan import codec, load_scheduler
 from dmdtrain.rollout import Denoiser, draw_noise, sample
 from dmdtrain.train.setup import Run
 from dmdtrain.train.step import block_layout, context_timestep, for_sampling, new_cache, num_draws, student_denoiser
@@ -185,17 +184,9 @@ class Renderer:
                 on_step()
         return torch.stack(states)
 
-    @contextmanager
-    def codec(self) -> Iterator[Any]:
+    def codec(self) -> AbstractContextManager[Any]:
         """The VAE, loaded for the while and freed after it."""
-        vae = load_vae(self.run.base).to(self.text.device)
-        try:
-            yield vae
-        finally:
-            vae.to("meta")  # who was given it may still have a name for it
-            gc.collect()
-            if self.text.device.type == "cuda":
-                torch.cuda.empty_cache()
+        return codec(self.run.base, self.text.device)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Videos [N, 3, T, H, W] in [-1, 1] on the CPU."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +47,13 @@ class Run:
     latent_shape: tuple[int, int, int, int]  # [C, T, H, W] of a training video
     validation_latent_shape: tuple[int, int, int, int]
     left_out: str = ""  # of the prompts' file
+
+    @property
+    def own_teacher(self) -> bool:
+        """Whether the teacher is another model than the base, or the same in another precision."""
+        model = self.config.model
+        precisions = {model.precision, model.teacher_precision or model.precision}
+        return self.teacher.path != self.base.path or len(precisions) > 1
 
     @property
     def flow_shift(self) -> float:
@@ -192,14 +198,7 @@ def resolve_timesteps(steps: list[float], shift: float) -> list[float]:
 
 
 def device_of_this_machine() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    # Pinned memory as large as was asked for. A PyTorch before 2.13 does not know it, and rounds up to powers of two.
-    settings = ",".join(filter(None, (given, "pinned_max_round_threshold_mb:1")))
-    with suppress(RuntimeError, ValueError, AttributeError):
-        torch._C._accelerator_setAllocatorSettings(settings)
-    return torch.device("cuda")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(config: Config, device: torch.device) -> Callable[[], torch.autocast]:
@@ -251,9 +250,8 @@ def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("stu
 
     base = load(run.base, model.precision)
     teacher = None
-    teacher_precision = model.teacher_precision or model.precision
-    if run.teacher.path != run.base.path or teacher_precision != model.precision:
-        teacher = load(run.teacher, teacher_precision)
+    if run.own_teacher:
+        teacher = load(run.teacher, model.teacher_precision or model.precision)
     specs = adapter_specs(config)
     # Adapters draw their first values from the global generator: seed it here, and nowhere else.
     torch.manual_seed(config.train.seed)
@@ -393,7 +391,7 @@ def describe(run: Run, roles: Roles | None = None) -> list[str]:
     """What was resolved, for the user to read before the first step."""
     config = run.config
     sigmas = ", ".join(f"{sigma_from_timestep(t):.4f}" for t in run.timesteps)
-    teacher = "the base with adapters off" if run.teacher is run.base else run.teacher.name
+    teacher = "the base with adapters off" if not run.own_teacher else run.teacher.name
     updates = (
         f"every {config.dmd.generator_update_interval} steps"
         if config.dmd.generator_update_interval > 1

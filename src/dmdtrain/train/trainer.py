@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ class Trainer:
         if self.device.type == "cpu":
             torch.set_flush_denormal(True)
         if self.config.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
         self.text = text_cache(run, self.device)
