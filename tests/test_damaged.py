@@ -588,6 +588,24 @@ def place_of(name: str, state: dict) -> dict:
     return values if name in values else next(value for value in values.values() if isinstance(value, dict))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw_bf16"])
+def test_an_optimizer_of_another_device_goes_on_with_the_kernels_of_this_one(kind, tmp_path):
+    """A GPU has Triton's, which know no tensor of a CPU."""
+    kernels, elsewhere = {"adamw": ("fused", None), "adamw_bf16": ("triton", True)}[kind]
+    made = stepped(kind)
+    state = made.state_dict()
+    state["param_groups"][0][kernels] = elsewhere
+    tensors, tree = split_state(state)
+    folder = write_checkpoint(tmp_path, 1, {"optimizer_a": tensors}, {"optimizer_a.json": json.dumps(tree)}, 1)
+    loaded = stepped(kind)
+    load_optimizer("a", loaded, folder)
+    assert loaded.param_groups[0][kernels] is loaded.defaults[kernels] is not elsewhere
+    for optimizer in (made, loaded):
+        optimizer.param_groups[0][kernels] = loaded.defaults[kernels]
+        optimizer.step()
+    assert torch.equal(*(optimizer.state[p]["exp_avg"] for optimizer in (made, loaded) for p in optimizer.state))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_an_optimizer_that_are_missing_or_of_another_kind(kind, tmp_path):
     """Each is refused; the state as it was is not."""

@@ -107,6 +107,8 @@ def really(run: setup.Run) -> tuple[int, dict[str, int]]:
             "train": {"gradient_checkpointing": True, "checkpoint_replay": False},
             "validation": {"num_frames": 9},
         },
+        {"model": {"precision": "int8", "int8_matmul": True}, "train": {"gradient_checkpointing": True}},
+        {"model": {"precision": "nf4"}, "train": {"gradient_checkpointing": True}},
         {"rollout": CAUSAL, "warmup": {"kind": "ode_regression"}, "validation": {"num_frames": 9}},
         {
             "rollout": CAUSAL,
@@ -129,6 +131,8 @@ def really(run: setup.Run) -> tuple[int, dict[str, int]]:
         "blocks on the host",
         "one pass after the other",
         "replay without recompute",
+        "products in int8",
+        "nf4",
         "warm-up",
         "warm-up block by block",
     ],
@@ -204,13 +208,16 @@ def test_flops_of_a_step_follow_the_settings(settings, deep_folder):
     assert full["replay"] > plain["replay"] and full["critic"] == plain["critic"]
 
 
-@pytest.mark.parametrize("rollout", [{}, CAUSAL], ids=["bidirectional", "causal"])
+LAST, DRAWN = {"last_step_only": True}, {"min_training_frames": 1}
+
+
+@pytest.mark.parametrize("rollout", [LAST, CAUSAL | LAST, CAUSAL | DRAWN], ids=["bidirectional", "causal", "drawn"])
 def test_flops_of_the_updates_are_those_counted(settings, deep_folder, rollout):
     """With adapters so small that they are nothing beside the layers; the embedders and the head are more in the count."""
     run = resolved(
         settings,
         deep_folder,
-        rollout=rollout | {"last_step_only": True},
+        rollout=rollout,
         train={"batch_size": 1},
         student={"rank": 1},
         fake_score={"rank": 1},
@@ -229,8 +236,10 @@ def test_flops_of_the_updates_are_those_counted(settings, deep_folder, rollout):
         counted[name] = counted.get(name, 0) + counter.get_total_flops() - before
 
     distiller.phases = count
-    draws = distiller.draw(1, torch.Generator().manual_seed(0))
-    said = update_flops(run.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
+    draws = distiller.draw(1, torch.Generator().manual_seed(4))
+    if rollout == CAUSAL | DRAWN:
+        assert draws.layout.num_frames == 2 and draws.exit_steps[0] != draws.exit_steps[1]
+    said = update_flops(run.config, run.base.transformer, run.teacher.transformer, run.frame_tokens, draws)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for name, update in (("student", distiller.student_backward), ("fake_score", distiller.critic_backward)):
             counted.clear()
@@ -507,7 +516,13 @@ def test_fit_says_what_was_planned(settings, deep_folder, monkeypatch):
 
 def test_every_logged_line_has_the_rate_of_model_flops(settings, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings | {"validation": settings["validation"] | {"every": 0}}))
+    settings["validation"] = settings["validation"] | {"every": 0, "num_frames": 9}
+    settings |= {
+        "rollout": CAUSAL,
+        "warmup": {"kind": "ode_regression", "steps": 2, "num_samples": 2, "teacher_steps": 2},
+    }
+    settings["rollout"] = settings["rollout"] | {"num_training_frames": 3}
+    file.write_text(yaml.safe_dump(settings))
     assert CliRunner().invoke(app, ["fit", str(file)]).exit_code == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -515,6 +530,8 @@ def test_every_logged_line_has_the_rate_of_model_flops(settings, tmp_path):
         spans = [line[f"seconds_{phase}"] for phase in ("rollout", "critic")]
         assert 0 < sum(spans) <= line["seconds_fake_score"] + line["seconds_student"]
     assert all(("seconds_replay" in line) == (line["step"] % 2 == 0) for line in lines)
+    warming = [json.loads(line) for line in (tmp_path / "run" / "warmup" / "metrics.jsonl").read_text().splitlines()]
+    assert len(warming) == 2 and all(line["model_tflops_per_second"] > 0 for line in warming)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dmdtrain.config import Config, Rollout
 from dmdtrain.rollout import BlockLayout
 from dmdtrain.train.clips import warmup_key
 from dmdtrain.train.setup import Run
-from dmdtrain.train.step import block_layout, for_sampling
+from dmdtrain.train.step import Draws, block_layout, for_sampling
 
 
 def pass_flops(transformer: dict[str, Any], queries: int, keys: int, text: int) -> tuple[float, float]:
@@ -25,27 +25,30 @@ def pass_flops(transformer: dict[str, Any], queries: int, keys: int, text: int) 
 
 
 def update_flops(
-    config: Config, transformer: dict[str, Any], teacher: dict[str, Any], frame_tokens: int
+    config: Config, transformer: dict[str, Any], teacher: dict[str, Any], frame_tokens: int, draws: Draws | None = None
 ) -> dict[str, dict[str, float]]:
-    """Expected FLOPs of one update of each role, by phase.
-
-    Exit steps are uniform unless last_step_only; rollouts have their longest length.
+    """FLOPs of one update of each role, by phase.
 
     Args:
         transformer, teacher: configs of the student's base and of the teacher. frame_tokens: tokens of a latent frame.
+        draws: the length and the exit steps that were drawn; without, what is expected of rollouts of the longest length.
     """
     rolling, text = config.rollout, config.data.max_sequence_length
     steps = len(config.dmd.denoising_steps)
-    passes = steps if rolling.last_step_only else (steps + 1) / 2
-    layout = block_layout(rolling, rolling.num_training_frames)
+    if draws is None:
+        layout, scored = block_layout(rolling, rolling.num_training_frames), rolling.scored_frames
+        passes = [float(steps) if rolling.last_step_only else (steps + 1) / 2] * len(layout.sizes)
+    else:
+        layout, scored = draws.layout, draws.score_noise.shape[2]
+        passes = [exit_step + 1.0 for exit_step in draws.exit_steps]
     blocks = _block_flops(transformer, rolling, layout, frame_tokens, text)
     rollout = _sampling_flops(blocks, passes)
-    first_scored = rolling.num_training_frames - rolling.scored_frames
+    first_scored = layout.num_frames - scored
     replay = -sum(blocks[-1])  # whose graph is the rollout's own
     for block, (linear, attention) in zip(layout.slices, blocks, strict=True):
         if block.start >= first_scored:
             replay += linear * _with_backward(config.student.kind) + attention * 3
-    tokens = rolling.scored_frames * frame_tokens
+    tokens = scored * frame_tokens
     linear, attention = pass_flops(transformer, tokens, tokens, text)
     real_passes, fake_passes = (
         _passes(scale) for scale in (config.dmd.real_score_guidance_scale, config.dmd.fake_score_guidance_scale)
@@ -62,6 +65,11 @@ def update_flops(
     }
 
 
+def warmup_flops(run: Run) -> float:
+    """FLOPs of one update of the warm-up."""
+    return run.config.samples_per_update * _teaching_flops(run.config, run.base.transformer, run.frame_tokens)
+
+
 def stage_flops(run: Run) -> dict[str, float]:
     """FLOPs of what a run does besides its steps, of all transformers: by stage, where there are any."""
     config, transformer = run.config, run.base.transformer
@@ -76,8 +84,7 @@ def stage_flops(run: Run) -> dict[str, float]:
             each = _passes(config.dmd.real_score_guidance_scale) * (settings.teacher_steps + stops)
             one = sum(pass_flops(run.teacher.transformer, tokens, tokens, text))
             found["warm-up videos"] = settings.num_samples * each * one
-        videos = settings.steps * config.samples_per_update
-        found["warm-up"] = videos * _teaching_flops(config, transformer, run.frame_tokens)
+        found["warm-up"] = settings.steps * warmup_flops(run)
     if config.validation.every:
         times = math.ceil(config.train.max_steps / config.validation.every) + (settings.kind != "none")
         times *= 2 if config.ema.validate_with == "both" else 1
@@ -85,7 +92,9 @@ def stage_flops(run: Run) -> dict[str, float]:
         layout, text = block_layout(rolling, frames), config.data.max_sequence_length
         tokens = run.tokens_of(run.validation_latent_shape)
         blocks = _block_flops(transformer, for_sampling(rolling, frames), layout, tokens, text)
-        one = _passes(config.validation.guidance_scale) * _sampling_flops(blocks, len(run.validation_timesteps))
+        one = _passes(config.validation.guidance_scale) * _sampling_flops(
+            blocks, [float(len(run.validation_timesteps))] * len(blocks)
+        )
         unread = 0 if run.prompts else config.validation.held_out_prompts  # a plan reads no prompts
         found["validation"] = times * (len(run.validation_prompts) + unread) * one
     return found
@@ -104,9 +113,10 @@ def _block_flops(
     return found
 
 
-def _sampling_flops(blocks: list[tuple[float, float]], passes: float) -> float:
-    """Of one video: `passes` of each block, and one more that writes to the cache what others read."""
-    return sum((passes + (index + 1 < len(blocks))) * sum(block) for index, block in enumerate(blocks))
+def _sampling_flops(blocks: list[tuple[float, float]], passes: list[float]) -> float:
+    """Of one video: so many passes of each block, and one more that writes to the cache what others read."""
+    each = zip(passes, blocks, strict=True)
+    return sum((count + (index + 1 < len(blocks))) * sum(block) for index, (count, block) in enumerate(each))
 
 
 def _teaching_flops(config: Config, transformer: dict[str, Any], frame_tokens: int) -> float:

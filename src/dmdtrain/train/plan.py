@@ -14,6 +14,7 @@ from operator import gt
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -238,6 +239,13 @@ def memory_lines(run: Run, free: int) -> Iterator[str]:
     needed, there = made.host_peak(run.config), free_memory()
     if needed > there > 0:
         yield f"warning: {needed / GIB:.1f} GiB of host memory planned, {there / GIB:.1f} free"
+
+
+def throughput(flops: float, seconds: float, device: torch.device) -> dict[str, float]:
+    """What a line of the metrics says of so many FLOPs: the rate and, on a GPU that is known, its share of the GPU's."""
+    peak = known_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    found = {"model_tflops_per_second": flops / seconds / 1e12}
+    return found if peak is None else found | {"model_flop_utilisation": flops / seconds / peak}
 
 
 def known_rate(device_name: str) -> float | None:

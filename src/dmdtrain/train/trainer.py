@@ -24,7 +24,7 @@ from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage, telling_unwritten
 from dmdtrain.train.optim import build_optimizer, learning_rate
-from dmdtrain.train.plan import known_rate
+from dmdtrain.train.plan import throughput
 from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import HeldOut, RealData
 from dmdtrain.train.render import Renderer
@@ -102,8 +102,7 @@ class Trainer:
         if self.config.validation.real_clips:
             self.held_out = HeldOut(run, self.clips["data.videos"], self.roles, self.text, self.distiller.autocast)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
-        self.flops = update_flops(self.config, run.base.transformer, run.teacher.transformer, run.frame_tokens)
-        self.rate = known_rate(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        self._flops: dict[str, dict[str, float]] = {}  # of the last update of each role
         self.root = run.output_dir / CHECKPOINTS
         self.alarms = Alarms(self.config.alarms, self._alarm)
         self.norms: Stats = {}  # the last gradient norm of each role
@@ -125,6 +124,9 @@ class Trainer:
         if name not in underway.finished:
             underway.begin(name)
         batch = batch or self.batches.take()
+        run = self.run
+        shapes = (run.base.transformer, run.teacher.transformer, run.frame_tokens)
+        self._flops[name] = update_flops(self.config, *shapes, batch.draws)[name]
         clips = self.real.draw() if name == "student" and self.real is not None else None
         if name not in underway.finished:
             with underway.timed(name):
@@ -234,11 +236,10 @@ class Trainer:
         numbers |= {
             f"seconds_{name}": seconds.get(name, 0.0) for name in self.optimizers
         } | self.distiller.phases.take()
-        flops = sum(sum(self.flops[name].values()) for name in seconds)
-        flops -= self.flops["fake_score"]["rollout"] if reused else 0.0
-        numbers["model_tflops_per_second"] = flops / sum(seconds.values()) / 1e12
-        if self.rate is not None:
-            numbers["model_flop_utilisation"] = numbers["model_tflops_per_second"] * 1e12 / self.rate
+        if reused:
+            del self._flops["fake_score"]["rollout"]
+        flops = sum(sum(self._flops[name].values()) for name in seconds)
+        numbers |= throughput(flops, sum(seconds.values()), self.device)
         return numbers | {"memory_gib": peak_memory_gib(self.device)}
 
     def _alarm(self, text: str) -> None:

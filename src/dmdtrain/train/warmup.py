@@ -21,8 +21,10 @@ from dmdtrain.train import synthesize
 from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms
 from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.clips import Clips, warmup_key
+from dmdtrain.train.flops import warmup_flops
 from dmdtrain.train.loop import count_bad, guarded_step, peak_memory_gib, run_stage
 from dmdtrain.train.optim import build_optimizer, learning_rate
+from dmdtrain.train.plan import throughput
 from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.reports import Reports
@@ -162,7 +164,9 @@ class Warmup:
         self.underway = underway = self.underway or Underway(self._random(), WARMUP)
         with underway.timed(WARMUP):
             values = self._update(underway)
-        return values | {"seconds": underway.seconds[WARMUP], "memory_gib": peak_memory_gib(self.text.device)}
+        seconds, device = underway.seconds[WARMUP], self.text.device
+        values |= throughput(warmup_flops(self.run), seconds, device)
+        return values | {"seconds": seconds, "memory_gib": peak_memory_gib(device)}
 
     def _update(self, underway: Underway) -> dict[str, float]:
         config, parameters = self.config, self.roles.parameters("student")
