@@ -212,7 +212,8 @@ class Model(Group):
     """Where layers are quantized, one by one as they are read: device is faster, and both give the same weights but for
     rounding."""
     quantized_cache: PathText | None = None
-    """Folder in which quantized transformers are kept and found the next time. None: quantized at every start."""
+    """Folder in which quantized transformers are kept, with checksums, and found the next time: one that is damaged is made
+    again, and where none can be written the run goes on without. None: quantized at every start."""
     int8_matmul: bool = False
     """precision int8: passes without gradient (rollout, scores, sampling) multiply in int8, activations rounded with a scale
     per token. Worth trying with train.compile, which fuses the scaling; benchmarks/README.md has its error."""
