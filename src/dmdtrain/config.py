@@ -1035,7 +1035,7 @@ def read(
         raise ConfigError(f"{path}: it must hold groups of keys, such as model: and train:")
     origins = {key: "file" for key in known_keys() if _given(values, key)}
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
         changed = _key_of(override)
         for key in known_keys():
             if key == changed or key.startswith(f"{changed}."):  # a group is replaced as a whole
@@ -1054,7 +1054,8 @@ def _key_of(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts the value of `key=value` into unchecked values; ConfigError where it is none."""
     key, sign, text = override.partition("=")
     key = key.strip()
     shown = _short(override)[1:-1]
