@@ -7,7 +7,8 @@ A step is what training does: a rollout and an update of the fake score, and a r
 the student. Times are medians of the parts of such full steps; utilisation is model FLOPs (no recompute counted) over the rate
 of bf16 matrix products that was measured in the same run; samples_per_hour is of training, where the student has its part at
 every generator_update_interval-th step alone. --compare runs a second setting in the same process, step by step in turn with
-the first. --profile says where one more step's time on the device went.
+the first. model.teacher, where it is one of its own, is a size too. --profile says where one more step's time on the device
+went.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dmdtrain.config import Config, build
-from dmdtrain.models.attention import pick_attention
+from dmdtrain.config import Config, ConfigError, apply_override, build
 from dmdtrain.models.offload import stream_blocks
 from dmdtrain.models.quantize import multiply_in_int8, quantized_linear
 from dmdtrain.models.roles import Roles
@@ -41,7 +41,7 @@ from dmdtrain.train.flops import step_flops
 from dmdtrain.train.loop import guarded_step
 from dmdtrain.train.optim import build_optimizer
 from dmdtrain.train.plan import CONTEXT_GIB, GIB, PUBLISHED, UMT5_XXL, make_plan
-from dmdtrain.train.step import Distiller
+from dmdtrain.train.step import Distiller, Stats
 from dmdtrain.train.underway import Underway
 
 SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
@@ -64,21 +64,33 @@ TINY = {
 
 
 def settings(size: str, overrides: list[str]) -> Config:
-    import yaml
-
-    flat = dict(DEFAULTS) | (TINY | {"fake_score.rank": 16, "validation.num_frames": 21} if size == "tiny" else {})
-    flat |= {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in overrides)}
+    """ConfigError where an override is none, or would not reach the steps."""
+    flat = DEFAULTS | {"model.base": size}
+    flat |= TINY | {"fake_score.rank": 16, "validation.num_frames": 21} if size == "tiny" else {}
     values: dict = {}
     for key, value in flat.items():
         group, name = key.split(".")
         values.setdefault(group, {})[name] = value
-    return build(values, "--set")
+    for override in overrides:
+        apply_override(values, override)
+    config = build(values, "--set", overrides)
+    if config.model.base != size:
+        raise ConfigError(f"model.base: {config.model.base}: the base is that of --size")
+    if "output_dir" in values:
+        raise ConfigError(f"output_dir: {config.output_dir}: there is no run here; --out is the folder of the record")
+    if config.dmd.real_data_loss_weight:
+        raise ConfigError(
+            f"dmd.real_data_loss_weight: {config.dmd.real_data_loss_weight}: no clips are read here; valid is 0"
+        )
+    return config
 
 
-def run_of(size: str, config: Config) -> setup.Run:
+def random_folder(name: str, key: str) -> WanFolder:
+    """What a folder with such a model would be."""
+    if name not in SIZES:
+        raise ConfigError(f"{key}: {name}: weights are random here; valid are {', '.join(sorted(SIZES))}")
     vae = {"z_dim": 16, "scale_factor_spatial": 8}
-    folder = WanFolder(Path(size), size, True, SIZES[size], vae, UMT5_XXL, {"shift": 5.0})
-    return setup.resolve(config, for_training=False, find=lambda name, key: folder)
+    return WanFolder(Path(name), name, True, SIZES[name], vae, UMT5_XXL, {"shift": 5.0})
 
 
 def random_transformer(shape: dict, precision: str, device: torch.device) -> WanTransformer3DModel:
@@ -112,22 +124,18 @@ def random_transformer(shape: dict, precision: str, device: torch.device) -> Wan
 class Steps:
     """Full steps of one configuration."""
 
-    def __init__(self, size: str, config: Config, device: torch.device):
-        self.run = run_of(size, config)
-        self.config, self.device = config, device
-        precision, attention = config.model.precision, config.model.attention
-        base = random_transformer(SIZES[size], precision, device)
-        head_dim, dtype = SIZES[size]["attention_head_dim"], setup.attention_dtype(config)
-        base.set_attention_backend(pick_attention(attention, device, head_dim, dtype))
-        if config.model.offload_blocks:
-            stream_blocks(base, device)
-        if config.model.int8_matmul:
-            multiply_in_int8(base)
+    def __init__(self, run: setup.Run, device: torch.device):
+        self.run, self.config, self.device = run, run.config, device
+        config, precision = run.config, run.config.model.precision
+        base, teacher = self._model(run.base, precision), None
+        teacher_precision = config.model.teacher_precision or precision
+        if run.teacher.path != run.base.path or teacher_precision != precision:
+            teacher = self._model(run.teacher, teacher_precision)
         specs, options = setup.adapter_specs(config), setup.role_options(config)
-        self.roles = Roles(base, trained=specs, **options)
+        self.roles = Roles(base, teacher=teacher, trained=specs, **options)
         generator = torch.Generator().manual_seed(0)
-        text = (config.data.max_sequence_length, SIZES[size]["text_dim"])
-        self.context = torch.randn(config.train.batch_size, *text, generator=generator).to(device)
+        text = (config.data.max_sequence_length, run.base.transformer["text_dim"])
+        self.context = torch.randn(config.samples_per_update, *text, generator=generator).to(device)
         self.distiller = Distiller(self.roles, config, self.run.timesteps, self.run.latent_shape, self.context[:1])
         self.generator = generator
         self.optimizers = {
@@ -147,9 +155,18 @@ class Steps:
             self.average = Ema(self.roles.named_parameters("student"), ema.decay, ema.every, where)
         self.records: list[dict[str, float]] = []
 
+    def _model(self, folder: WanFolder, precision: str) -> WanTransformer3DModel:
+        model = random_transformer(folder.transformer, precision, self.device)
+        model.set_attention_backend(setup.attention_of(self.config, folder, self.device))
+        if self.config.model.offload_blocks:
+            stream_blocks(model, self.device)
+        if self.config.model.int8_matmul:
+            multiply_in_int8(model)
+        return model
+
     def step(self) -> None:
         start = time.perf_counter()
-        self.videos = None
+        self.videos: list[torch.Tensor] = []  # that the student leaves to the fake score
         student = partial(self._update, "student", self.distiller.student_backward)
         critic = partial(self._update, "fake_score", self.distiller.critic_backward)
         order = {"student": student, "fake_score": critic}
@@ -179,12 +196,20 @@ class Steps:
         return {event.key[:100]: round(own(event) / total, 4) for event in events[:most]}
 
     def _update(self, name: str, backward: Callable) -> None:
-        draws = self.distiller.draw(self.config.train.batch_size, self.generator).to(self.device)
-        given = {"x0": self.videos} if name == "fake_score" else {}
-        _, made = backward(self.context, draws, **given)
-        self.videos = made if self.config.fake_score.reuse_rollout else None
+        n, underway = self.config.samples_per_update, Underway({}, name)
+        draws = self.distiller.draw(n, self.generator).to(self.device)
+        left = torch.cat(self.videos) if self.videos else None
+
+        def micro_batch(rows: slice, share: float) -> Stats:
+            given = {} if left is None else {"x0": left[rows]}
+            stats, x0 = backward(self.context[rows], draws.rows(rows.start, rows.stop), share, **given)
+            if name == "student" and self.config.fake_score.reuse_rollout:
+                self.videos.append(x0)
+            return stats
+
+        underway.accumulate(n, self.config.train.batch_size, micro_batch)
         with self.distiller.phases("optimizer"):
-            guarded_step(Underway({}, name), self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
+            guarded_step(underway, self.optimizers[name], self.roles.parameters(name), [], 1.0, "norm")
             if name == "student" and self.average is not None:
                 self.average.update(self.average.every)
 
@@ -204,7 +229,7 @@ class Steps:
         return {
             **medians,
             "overhead": round(1 - inside / medians["seconds"], 4),
-            "samples_per_hour": round(3600 * self.config.train.batch_size / training, 1),
+            "samples_per_hour": round(3600 * self.config.samples_per_update / training, 1),
             "model_tflop": round(flops / 1e12, 2),
             "utilisation": round(flops / medians["seconds"] / rate, 4),
             "planned_peak_gib": round(plan.training_peak / GIB - CONTEXT_GIB, 4),  # as allocators count
@@ -238,19 +263,37 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder of the record")
     args = parser.parse_args()
+    try:
+        record = measure(args)
+    except ConfigError as error:
+        parser.exit(2, f"dmd_step: {error}\n")
+    text = json.dumps(record, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        label = "-".join([args.size, *(o.split(".")[-1].replace("=", "_") for o in args.set)])
+        label += "".join(f"-vs-{o.split('.')[-1].replace('=', '_')}" for o in args.compare)
+        (args.out / f"{record['device'].replace(' ', '_')}-{label}.json").write_text(text + "\n")
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """The record; ConfigError before anything is measured."""
+    given = {"settings": args.set} | ({"compared": [*args.set, *args.compare]} if args.compare else {})
+    runs = {
+        name: setup.resolve(settings(args.size, overrides), for_training=False, find=random_folder)
+        for name, overrides in given.items()
+    }
     device = setup.device_of_this_machine()
     if device.type == "cpu":
         torch.set_flush_denormal(True)
     rate = matmul_rate(device)
-    runs = {"settings": args.set} | ({"compared": [*args.set, *args.compare]} if args.compare else {})
     results: dict[str, dict] = {}
     steps: dict[str, Steps] = {}
-    for name, overrides in runs.items():
-        config = settings(args.size, overrides)
+    for name, run in runs.items():
         others = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         # Every storage that is alive, exact on a CPU too. What is compiled under it would never be compiled again.
         with torch.compiler.set_stance("force_eager"), LiveBytes() as live:
-            steps[name] = Steps(args.size, config, device)
+            steps[name] = Steps(run, device)
             weights = live.now
             for _ in range(WARMUP_STEPS):  # the second one has the optimizers' moments
                 steps[name].step()
@@ -260,7 +303,7 @@ def main() -> None:
         for _ in range(WARMUP_STEPS):
             steps[name].step()
         sizes = {"live_peak_gib": live.peak, "live_host_gib": live.host_peak, "weights_gib": weights}
-        results[name] = {"overrides": overrides} | {key: round(size / GIB, 4) for key, size in sizes.items()}
+        results[name] = {"overrides": given[name]} | {key: round(size / GIB, 4) for key, size in sizes.items()}
         if device.type == "cuda":
             results[name]["allocated_peak_gib"] = round((torch.cuda.max_memory_allocated() - others) / GIB, 3)
             results[name]["reserved_peak_gib"] = round((torch.cuda.max_memory_reserved() - others) / GIB, 3)
@@ -271,20 +314,13 @@ def main() -> None:
         results[name] |= each.summary(rate)
         if args.profile:
             results[name]["profile"] = each.profile()
-    record = {
+    return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "size": args.size,
         "matmul_tflops": round(rate / 1e12, 2),
         "steps": args.steps,
     } | results
-    text = json.dumps(record, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        label = "-".join([args.size, *(o.split(".")[-1].replace("=", "_") for o in args.set)])
-        label += "".join(f"-vs-{o.split('.')[-1].replace('=', '_')}" for o in args.compare)
-        (args.out / f"{record['device'].replace(' ', '_')}-{label}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

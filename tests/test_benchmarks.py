@@ -80,6 +80,73 @@ def test_full_steps_of_a_tiny_model(monkeypatch, tmp_path):
         assert found["live_peak_gib"] == pytest.approx(found["planned_peak_gib"], rel=0.1)
 
 
+def steps_of(monkeypatch, out: Path, *arguments: str) -> tuple[dict, dict]:
+    """The records of a setting and of the one that it is compared with."""
+    in_process(monkeypatch, "dmd_step", "--size", "tiny", "--steps", "1", *arguments, "--out", str(out))
+    (file,) = out.iterdir()
+    record = json.loads(file.read_text())
+    return record["settings"], record["compared"]
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_an_update_of_full_steps_has_its_micro_batches(monkeypatch, tmp_path, reused):
+    from dmdtrain.train.step import Distiller
+
+    made = {"student": [], "critic": []}
+    for name, calls in made.items():
+        backward = getattr(Distiller, f"{name}_backward")
+
+        def counted(self, context, draws, *share, calls=calls, backward=backward, **given):
+            if share:  # not the plan's
+                calls.append((len(context), draws.noise.shape[1], *share, "x0" in given))
+            return backward(self, context, draws, *share, **given)
+
+        monkeypatch.setattr(Distiller, f"{name}_backward", counted)
+    shared = ("--set", f"fake_score.reuse_rollout={str(reused).lower()}", "--set", "train.batch_size=2")
+    one, three = steps_of(monkeypatch, tmp_path, *shared, "--compare", "train.gradient_accumulation=3")
+    steps = 5  # four that are not measured
+    for name, calls in made.items():
+        x0 = reused and name == "critic"
+        assert calls.count((2, 2, 1.0, x0)) == steps and calls.count((2, 2, 2 / 6, x0)) == 3 * steps
+        assert len(calls) == 4 * steps
+    assert three["model_tflop"] == pytest.approx(3 * one["model_tflop"], abs=0.02)
+    assert three["live_peak_gib"] < 1.3 * one["live_peak_gib"]  # that of one micro-batch
+
+
+def test_full_steps_have_a_teacher_of_its_own_where_it_is_asked_for(monkeypatch, tmp_path):
+    teacher = ("--compare", "model.teacher=tiny", "--compare", "model.teacher_precision=fp32")
+    shared, own = steps_of(monkeypatch, tmp_path, *teacher)
+    assert own["weights_gib"] > 1.5 * shared["weights_gib"]
+    assert own["live_peak_gib"] == pytest.approx(own["planned_peak_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("foo", "--set foo: it must be key=value"),
+        ("output_dir=x", "output_dir: x: there is no run here"),
+        ("train.batch_size=0", "--set: train.batch_size: 0: it must be at least 1"),
+        ("model.base=14b", "model.base: 14b: the base is that of --size"),
+        ("model.teacher=mine", "model.teacher: mine: weights are random here; valid are 1.3b, 14b, tiny"),
+        ("model.teacher=14b", "model.teacher: 14b: text_dim is 4096, the base has 64"),
+        ("model.attention=slow", "model.attention: slow: valid are "),
+    ],
+)
+@pytest.mark.parametrize("option", ["--set", "--compare"])
+def test_a_mistake_in_a_setting_of_full_steps_is_one_line(monkeypatch, capsys, option, override, says):
+    with pytest.raises(SystemExit) as end:
+        in_process(monkeypatch, "dmd_step", "--size", "tiny", option, override)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith(f"dmd_step: {says}")
+
+
+def test_settings_of_full_steps_that_would_change_nothing_are_refused(monkeypatch, capsys):
+    clips = ("--set", "data.videos=clips", "--set", "dmd.real_data_loss_weight=0.5", "--set", "rollout.causal=true")
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, "dmd_step", "--size", "tiny", *clips)
+    assert "dmd.real_data_loss_weight: 0.5: no clips are read here; valid is 0" in capsys.readouterr().err
+
+
 def test_the_page_of_records_is_made_of_them(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import table

@@ -667,6 +667,7 @@ def test_folders_that_may_not_be_entered_are_named_by_their_keys(start, write, t
     for changes in (
         {"output_dir": str(locked / "run")},
         {"model.base": str(locked / "wan")},
+        {"model.quantized_cache": str(locked / "kept"), "model.precision": "int8"},
         {"data.prompts": str(locked / "prompts.txt")},
         {"validation.prompts": str(locked / "prompts.txt")},
         {"data.videos": str(locked / "clips"), "dmd.real_data_loss_weight": 0.1},
@@ -687,6 +688,24 @@ def test_folders_that_may_not_be_entered_are_named_by_their_keys(start, write, t
     refused = start("fit", write(), "--resume", locked / "step-000002")
     assert refused.code() == 2
     assert f"dmdtrain: --resume: {locked / 'step-000002'} can not be read: Permission denied" in refused.output
+
+
+def test_a_quantized_cache_that_may_not_be_written(start, write, tmp_path):
+    """No folder where none can be made is a mistake; one that is there may hold what is needed, and is done without otherwise."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    kept = {"model.precision": "int8", "model.quantized_cache": str(closed / "kept"), "train.max_steps": 1}
+    refused = start("fit", write(**kept), "--dry-run")
+    assert refused.code() == 2
+    last = refused.output.splitlines()[-1]
+    assert last.startswith(
+        f"dmdtrain: model.quantized_cache: {closed / 'kept'} can not be written: {closed} is read-only"
+    )
+    fit = start("fit", write(**kept | {"model.quantized_cache": str(closed)}))
+    assert fit.code() == 0, fit.output
+    (line,) = [line for line in fit.output.splitlines() if line.startswith("model.quantized_cache: ")]
+    assert line.endswith(" can not be written (Permission denied); the run goes on without it")
+    assert not list(closed.iterdir())
 
 
 def test_a_file_system_that_is_full_read_only_and_gone(start, write, tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+import subprocess
+import sys
 import traceback
 import weakref
 from functools import partial
@@ -19,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmdtrain.config import ConfigError, build
 from dmdtrain.data.prompts import EpochSampler
-from dmdtrain.models import block, offload, quantize
+from dmdtrain.models import block, encode, offload, quantize, quantized_cache
 from dmdtrain.models.attention import norm_queries_and_keys, pick_attention, works
 from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.offload import HostTensor, StreamedLinear, pinned_empty, stream_blocks
 from dmdtrain.models.quantize import Int8Linear, Int8Tensor, int8_matmul, multiply_in_int8, quantized_linear
 from dmdtrain.models.roles import AdapterSpec, Roles, cast_weights
 from dmdtrain.models.wan import find_folder, load_transformer, load_vae
+from dmdtrain.train import setup
 from dmdtrain.train.accounting import LiveBytes, PeakPhases
 from dmdtrain.train.batches import Batches
 from dmdtrain.train.render import Renderer
@@ -403,19 +408,137 @@ def test_a_quantized_base_is_found_again_to_the_bit(wan_folder, tmp_path, monkey
     assert all(torch.equal(x, y) for x, y in zip(*outs, strict=True))
 
 
-def test_a_damaged_or_outdated_quantized_base_is_made_again(wan_folder, tmp_path):
+def stored_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_an_outdated_quantized_base_is_made_again(wan_folder, tmp_path):
     folder = find_folder(str(wan_folder), "model.base")
-    wanted = load_transformer(folder, "int8", quantized_cache=tmp_path).state_dict()
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
-    found = load_transformer(folder, "int8", quantized_cache=tmp_path).state_dict()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and file.stat().st_size > 1000
+    load_transformer(folder, "int8", quantized_cache=tmp_path)
     weights = Path(folder.path / "transformer" / "diffusion_pytorch_model.safetensors")
     weights.touch()
     load_transformer(folder, "int8", quantized_cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(stored_in(tmp_path)) == 2
     load_transformer(folder, "nf4", quantized_cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(stored_in(tmp_path)) == 3
+
+
+def halved(file: Path) -> None:
+    """The second half, which is weights alone, is zeros."""
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:1000]), "is damaged (its checksum differs)"),
+        (halved, "is damaged (its checksum differs)"),
+        (flipped, "is damaged (its checksum differs)"),
+        (lambda file: file.with_suffix(".json").unlink(), "has no checksum"),
+        (lambda file: file.with_suffix(".json").write_text("[]"), "has a broken checksum"),
+        (lambda file: file.with_suffix(".json").write_text(""), "has a broken checksum"),
+    ],
+)
+def test_a_damaged_quantized_base_is_told_and_made_again(wan_folder, tmp_path, damage, says):
+    folder = find_folder(str(wan_folder), "model.base")
+    told: list[str] = []
+    load = partial(load_transformer, folder, "int8", quantized_cache=tmp_path, tell=told.append)
+    wanted = load().state_dict()
+    (file,) = stored_in(tmp_path)
+    whole = file.read_bytes()
+    damage(file)
+    found = load().state_dict()
+    assert told == [f"model.quantized_cache: {file} {says}; it is made again"]
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and file.read_bytes() == whole
+    load()
+    assert len(told) == 1 and {f.name for f in tmp_path.iterdir()} == {file.name, file.with_suffix(".json").name}
+
+
+def test_a_quantized_base_that_can_not_be_read_stays(wan_folder, tmp_path, monkeypatch):
+    folder = find_folder(str(wan_folder), "model.base")
+    told: list[str] = []
+    load = partial(load_transformer, folder, "int8", quantized_cache=tmp_path, tell=told.append)
+    load()
+    (file,) = stored_in(tmp_path)
+    written = file.stat().st_mtime_ns
+
+    def fails(_: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(quantized_cache, "sha256", fails)
+    load()
+    assert told == [f"model.quantized_cache: {file} can not be read (Input/output error); the run goes on without it"]
+    assert file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("limit", [1000, 40], ids=["the tensors", "their checksum"])
+def test_a_full_disk_stops_no_run_and_blames_no_model(settings, tmp_path, limit):
+    """The one file does not fit, or it does and the one after it does not."""
+    settings["model"] |= {"precision": "int8", "quantized_cache": str(tmp_path / "kept")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    script = """if True:
+        import resource, sys, torch
+        from pathlib import Path
+        from dmdtrain import config
+        from dmdtrain.models import quantized_cache
+        from dmdtrain.train import setup
+
+        file, limit = Path(sys.argv[1]), int(sys.argv[2])
+        save, hard = quantized_cache.save_tensors, resource.RLIM_INFINITY
+
+        def saves(*args):
+            if limit == 1000:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            save(*args)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+        quantized_cache.save_tensors = saves
+        roles = setup.build_roles(setup.resolve(config.load(file, [])), torch.device("cpu"))
+        print(len(roles.parameters("student")) > 0)
+    """
+    command = [sys.executable, "-B", "-c", script, str(file), str(limit)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    line, trained = result.stdout.splitlines()
+    assert line.startswith(f"model.quantized_cache: {tmp_path / 'kept'}/int8-"), line
+    assert line.endswith(" can not be written (File too large); the run goes on without it") and trained == "True"
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_disk_with_too_little_room_is_not_filled(wan_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(quantized_cache, "save_tensors", lambda *_: pytest.fail("a write was begun"))
+    told: list[str] = []
+    folder = find_folder(str(wan_folder), "model.base")
+    load_transformer(folder, "nf4", quantized_cache=tmp_path, tell=told.append)
+    (line,) = told
+    assert "can not be written (no space left on device: it needs 0.000 GB" in line
+
+
+@pytest.mark.parametrize("command", [("fit",), ("fit", "--dry-run"), ("synthesize", "--out", "made"), ("prepare",)])
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_in_place_of_the_cache_is_refused(settings, tmp_path, monkeypatch, command, below):
+    taken = tmp_path / "file"
+    taken.write_text("mine")
+    for module in (setup, encode):
+        monkeypatch.setattr(module, "load_transformer", lambda *_: pytest.fail("a model was loaded"), raising=False)
+    cache = taken / below
+    settings["model"] |= {"precision": "int8", "quantized_cache": str(cache)}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(tmp_path)
+    says = f"model.quantized_cache: {cache}: {taken} is not a folder" if below else f"{cache} is not a folder"
+    refused(command[0], file, *command[1:], says=[says, "model.quantized_cache: "])
+    assert taken.read_text() == "mine" and not (tmp_path / "run").exists() and not (tmp_path / "made").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- attention

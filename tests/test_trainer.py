@@ -25,7 +25,7 @@ from dmdtrain.train.ema import Ema
 from dmdtrain.train.fit import fit, smaller
 from dmdtrain.train.log import MetricsLog
 from dmdtrain.train.loop import Diverged, TrainingStopped
-from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate, moments
+from dmdtrain.train.optim import build_optimizer, clip_gradients, learning_rate, moments, trained_dtype
 from dmdtrain.train.setup import resolve, student_weights
 from dmdtrain.train.step import Distiller
 from dmdtrain.train.trainer import Trainer
@@ -303,6 +303,20 @@ def test_an_optimizer_step_is_adamw(name):
     assert state.keys() == wanted_types.keys() and all(type(state[key]) in wanted_types[key] for key in state)
     wanted = torch.tensor([2 * 0.875 - 0.25, -4 * 0.875 - 0.25, 0.875 + 0.25])
     torch.testing.assert_close(p.detach().float(), wanted, rtol=0, atol=0.01 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("adamw", {"fused": True}),
+        # The library's choice: its Triton kernels where all weights are on a GPU.
+        ("adamw_bf16", {"triton": None, "foreach": None}),
+    ],
+)
+def test_an_optimizer_may_take_its_fused_kernels(name, flags):
+    p = torch.nn.Parameter(torch.ones(4, dtype=trained_dtype(name)))
+    (group,) = build_optimizer(name, [p], lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0).param_groups
+    assert {key: group[key] for key in flags} == flags
 
 
 def test_kahan_summation_keeps_what_bf16_rounds_away():

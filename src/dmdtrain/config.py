@@ -212,7 +212,8 @@ class Model(Group):
     """Where layers are quantized, one by one as they are read: device is faster, and both give the same weights but for
     rounding."""
     quantized_cache: PathText | None = None
-    """Folder in which quantized transformers are kept and found the next time. None: quantized at every start."""
+    """Folder in which quantized transformers are kept, with checksums, and found the next time: one that is damaged is made
+    again, and where none can be written the run goes on without. None: quantized at every start."""
     int8_matmul: bool = False
     """precision int8: passes without gradient (rollout, scores, sampling) multiply in int8, activations rounded with a scale
     per token. Worth trying with train.compile, which fuses the scaling; benchmarks/README.md has its error."""
@@ -1034,7 +1035,7 @@ def read(
         raise ConfigError(f"{path}: it must hold groups of keys, such as model: and train:")
     origins = {key: "file" for key in known_keys() if _given(values, key)}
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
         changed = _key_of(override)
         for key in known_keys():
             if key == changed or key.startswith(f"{changed}."):  # a group is replaced as a whole
@@ -1053,7 +1054,8 @@ def _key_of(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts the value of `key=value` into unchecked values; ConfigError where it is none."""
     key, sign, text = override.partition("=")
     key = key.strip()
     shown = _short(override)[1:-1]

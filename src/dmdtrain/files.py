@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -45,6 +46,18 @@ def naming(file: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(file)
         raise
+
+
+def sha256(file: Path) -> str:
+    with naming(file), file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """OSError where the disk is known to be too small for so many bytes: it is not filled to its last byte first."""
+    disk = shutil.disk_usage(folder)
+    if disk.total > 0 and disk.free < needed:
+        raise OSError(f"no space left on device: it needs {needed / 1e9:.3f} GB, {disk.free / 1e9:.3f} GB are free")
 
 
 class FolderLock:

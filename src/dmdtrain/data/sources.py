@@ -8,7 +8,6 @@ Lines are only ever added: a kill can cut the last one short, which is then read
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from dmdtrain.config import unwritable
 from dmdtrain.data.decode import Header, read_header
 from dmdtrain.data.videos import Unreadable
-from dmdtrain.files import write_text
+from dmdtrain.files import sha256, write_text
 
 
 @dataclass
@@ -96,8 +95,7 @@ def inspect(file: Path) -> Source:
         now = file.stat()
         if not file.is_file():
             return Source(path, now.st_size, now.st_mtime_ns, bad="it is no file")
-        with file.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = sha256(file)
     except OSError as error:
         return Source(path, -1, -1, bad=f"it can not be read: {error.strerror}")
     source = Source(path, now.st_size, now.st_mtime_ns, digest)
@@ -121,8 +119,7 @@ def hash_of(index: SourceIndex, file: Path) -> str:
     source = index.find(file)
     if source is None or not source.sha256:
         now = file.stat()
-        with file.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = sha256(file)
         source = Source(os.path.abspath(file), now.st_size, now.st_mtime_ns, digest)
         index.add(source)
     return source.sha256

@@ -9,8 +9,6 @@ nf4       bitsandbytes' Linear4bit, with doubly quantized scales (arXiv 2305.143
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,7 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 
@@ -287,41 +284,6 @@ def load_quantized(
     if empty:
         raise KeyError(f"{empty[0]} ({len(empty)} in all)")
     return model.requires_grad_(False)
-
-
-def cached_quantized(
-    make: Callable[[], nn.Module],
-    build: Callable[[], nn.Module],
-    files: list[Path],
-    kind: str,
-    folder: Path,
-    device: torch.device,
-) -> nn.Module:
-    """What `make` makes of `files`, kept in `folder` to the bit: quantizing 14B takes minutes, reading it again seconds.
-
-    The same files by resolved name, size and time are taken to be the same; a damaged file is made again.
-
-    Args:
-        build: as in `load_quantized`.
-    """
-    facts = [kind, device.type]
-    for file in files:
-        real = file.resolve()
-        facts += [str(real), str(real.stat().st_size), str(real.stat().st_mtime_ns)]
-    stored = folder / f"{kind}-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}.safetensors"
-    if stored.exists():
-        try:
-            return read_quantized(build, load_file(stored, device=str(device)), kind)
-        except (SafetensorError, KeyError):
-            stored.unlink()
-    model = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = stored.with_suffix(f".{os.getpid()}")
-    # nf4's code books, of 16 and 256 numbers, are shared by all layers; a file wants them apart.
-    apart = {name: value.clone() if value.numel() <= 256 else value for name, value in model.state_dict().items()}
-    save_file(apart, partial)
-    partial.rename(stored)
-    return model
 
 
 def read_quantized(build: Callable[[], nn.Module], tensors: dict[str, torch.Tensor], kind: str) -> nn.Module:

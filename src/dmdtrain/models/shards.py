@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dmdtrain.config import ConfigError, unwritable
-from dmdtrain.files import FolderLock
+from dmdtrain.files import FolderLock, sha256
 from dmdtrain.packing import Shape, pack, shape_of, unpack
 
 FORMAT = 1
@@ -178,9 +178,7 @@ class Shards:
             problem = self.damaged.get(file)
             if problem is None:
                 try:
-                    with file.open("rb") as handle:
-                        same = hashlib.file_digest(handle, "sha256").hexdigest() == file.stem
-                    problem = None if same else "its checksum differs"
+                    problem = None if sha256(file) == file.stem else "its checksum differs"
                 except OSError as error:
                     problem = f"it cannot be read: {error.strerror}"
             if problem is not None:

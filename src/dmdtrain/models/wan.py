@@ -118,12 +118,14 @@ def load_transformer(
     attention: str = "native",
     quantize_on: torch.device | None = None,
     quantized_cache: Path | None = None,
+    tell: Callable[[str], None] = print,
 ) -> Any:
     """A frozen `WanTransformer3DModel`.
 
     precision: fp32, bf16, or a kind of `models.quantize`, for the blocks' linear layers over bf16. Time embedder, norms and
     modulation stay in float32 whatever it is. quantize_on: where layers are quantized as they are read; None: the CPU.
-    quantized_cache: folder in which what was quantized is kept, and found the next time.
+    quantized_cache: folder in which what was quantized is kept, and found the next time. tell: takes a line for the user where
+    that fails.
     """
     from diffusers import WanTransformer3DModel
 
@@ -131,7 +133,7 @@ def load_transformer(
         model = _loaded(WanTransformer3DModel, folder, "transformer", torch_dtype=_dtype(precision))
     else:
         build = lambda: WanTransformer3DModel.from_config(folder.transformer)  # noqa: E731
-        model = _loaded_quantized(build, folder, "transformer", precision, "blocks", quantize_on, quantized_cache)
+        model = _loaded_quantized(build, folder, "transformer", precision, "blocks", quantize_on, quantized_cache, tell)
     model.set_attention_backend(attention)  # native, too: without, it is what the process or its environment says
     return model.requires_grad_(False).eval()
 
@@ -245,17 +247,19 @@ def _loaded_quantized(
     inside: str,
     device: torch.device | None,
     cache: Path | None = None,
+    tell: Callable[[str], None] = print,
 ) -> Any:
     import torch
 
-    from dmdtrain.models.quantize import cached_quantized, load_quantized
+    from dmdtrain.models.quantize import load_quantized
+    from dmdtrain.models.quantized_cache import cached_quantized
 
     path = part_folder(folder, part)
     where = device or torch.device("cpu")
     try:
         weights = weight_files(path)
         make = lambda: load_quantized(build, weights, kind, inside, torch.bfloat16, where)  # noqa: E731
-        return make() if cache is None else cached_quantized(make, build, weights, kind, cache, where)
+        return make() if cache is None else cached_quantized(make, build, weights, kind, cache, where, tell)
     except KeyError as error:
         raise ConfigError(f"{folder.name}: {part} lacks weights: {error.args[0]}") from None
     except ValueError as error:

@@ -16,7 +16,6 @@ A checkpoint is a folder of .safetensors and .json files; nothing in it is unpic
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -33,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
 from dmdtrain.data.buckets import OtherItems
-from dmdtrain.files import make_folder, naming
+from dmdtrain.files import check_room, make_folder, naming, sha256
 from dmdtrain.files import sync as _sync
 from dmdtrain.models.roles import load_parameters
 from dmdtrain.train.optim import moments, restore
@@ -142,11 +141,6 @@ def position(checkpoint: Path) -> tuple[bool, int]:
     return stage_of(checkpoint) != WARMUP, _manifest_of(checkpoint)["step"]
 
 
-def sha256(file: Path) -> str:
-    with naming(file), file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def write_checkpoint(
     root: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], keep: int | None
 ) -> Path:
@@ -164,7 +158,7 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(root)
         partial.mkdir()
-        _check_room(root, tensors)
+        check_room(root, sum(tensor.nbytes for content in tensors.values() for tensor in content.values()))
         for stem, content in tensors.items():
             save_file(_separate(content), partial / f"{stem}.safetensors")
         for name, text in texts.items():
@@ -197,14 +191,6 @@ def write_checkpoint(
         for stale in others[: 0 if keep is None else max(0, len(others) - (keep - 1))]:
             _remove(stale)
     return final
-
-
-def _check_room(root: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-    """OSError where the disk is known to be too small: it is not filled to its last byte first."""
-    needed = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
-    disk = shutil.disk_usage(root)
-    if disk.total > 0 and disk.free < needed:
-        raise OSError(f"no space left on device: it needs {needed / 1e9:.3f} GB, {disk.free / 1e9:.3f} GB are free")
 
 
 def _reason(error: Exception) -> str:

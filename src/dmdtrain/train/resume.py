@@ -18,6 +18,7 @@ from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP, step_folder
 from dmdtrain.train.clips import REPORT
 from dmdtrain.train.log import METRICS
+from dmdtrain.train.setup import check_writable
 
 LOCK = ".lock"
 BRANCH = "branch.txt"  # of a run that began as a branch: the checkpoint that it went on from
@@ -77,12 +78,7 @@ def own_config(output: Path) -> Config | None:
 
 def _check_place(output: Path, config: Config) -> Config | None:
     """What `own_config` says of a folder that is free or a run's, and can be written."""
-    above = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not above.is_dir():
-        where = f"{output}: {above}" if above != output else output
-        raise ConfigError(f"output_dir: {where} is not a folder")
-    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-        raise ConfigError(f"output_dir: {output} can not be written: {above} is read-only or another user's")
+    check_writable(output, "output_dir")
     for folder in (output / CHECKPOINTS, output / WARMUP):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"output_dir: {folder} is not a folder")

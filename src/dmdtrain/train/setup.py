@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     """Checks what the configuration alone can not: model folders, prompts, sizes that depend on the model.
 
     Args:
-        for_training: False leaves the training prompts alone, which sampling a checkpoint does not need.
+        for_training: False leaves the training prompts and folders alone, which sampling a checkpoint does not need.
         find: gives the model folder of a name, by its key.
 
     Raises:
@@ -111,6 +111,11 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
     """
     if config.model.attention not in (AUTO, *BACKENDS):
         raise ConfigError(f"model.attention: {config.model.attention}: valid are {', '.join((AUTO, *BACKENDS))}")
+    cache = quantized_cache(config)
+    if cache is not None and for_training:
+        with reading("model.quantized_cache"):
+            if not cache.is_dir():  # one that may not be written can hold what is needed
+                check_writable(cache, "model.quantized_cache")
     base = find(config.model.base, "model.base")
     teacher = base if config.model.teacher is None else find(config.model.teacher, "model.teacher")
     for name in ("in_channels", "out_channels", "text_dim"):
@@ -233,15 +238,19 @@ def attention_of(config: Config, folder: WanFolder, device: torch.device) -> str
     return pick_attention(wanted, device, folder.transformer["attention_head_dim"], attention_dtype(config))
 
 
-def build_roles(run: Run, device: torch.device, trained: tuple[str, ...] = ("student", "fake_score")) -> Roles:
-    """Loads the models and builds the roles, those in `trained` beside the teacher."""
+def build_roles(
+    run: Run,
+    device: torch.device,
+    trained: tuple[str, ...] = ("student", "fake_score"),
+    tell: Callable[[str], None] = print,
+) -> Roles:
+    """Loads the models and builds the roles, those in `trained` beside the teacher. tell: as in `load_transformer`."""
     config = run.config
     model = config.model
 
     def load(folder: WanFolder, precision: str) -> Any:
-        cache = None if model.quantized_cache is None else Path(model.quantized_cache).expanduser()
-        attention = attention_of(config, folder, device)
-        transformer = load_transformer(folder, precision, attention, _quantize_on(config, device), cache)
+        attention, where = attention_of(config, folder, device), _quantize_on(config, device)
+        transformer = load_transformer(folder, precision, attention, where, quantized_cache(config), tell)
         if model.offload_blocks:
             stream_blocks(transformer, device)
         if model.int8_matmul:
@@ -277,6 +286,21 @@ def check_adapters(run: Run) -> None:
             check_targets(empty_model("transformer", run.base.transformer), specs[0].targets)
 
 
+def quantized_cache(config: Config) -> Path | None:
+    given = config.model.quantized_cache
+    return None if given is None else Path(given).expanduser()
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """ConfigError unless a folder can be written, or made where it is not there."""
+    above = next(each for each in (folder, *folder.parents) if each.exists())
+    if not above.is_dir():
+        where = f"{folder}: {above}" if above != folder else folder
+        raise ConfigError(f"{key}: {where} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        raise ConfigError(f"{key}: {folder} can not be written: {above} is read-only or another user's")
+
+
 def _quantize_on(config: Config, device: torch.device) -> torch.device | None:
     """None: the CPU."""
     return device if config.model.quantize_via == "device" else None
@@ -295,6 +319,11 @@ def role_options(config: Config, trained: tuple[str, ...] = ("student", "fake_sc
         "autocast": config.train.mixed_precision == "bf16",
         "compile_backend": "inductor" if config.train.compile else None,
     }
+
+
+def teller(console: Console) -> Callable[[str], None]:
+    """Prints a line as it is."""
+    return partial(console.print, soft_wrap=True, highlight=False)
 
 
 def cache_root(run: Run) -> Path:
@@ -377,10 +406,12 @@ def student_weights(ckpt: Path, weights: str) -> dict[str, torch.Tensor]:
     raise ConfigError(f"--weights: {weights}: valid are ema, raw")
 
 
-def load_student(run: Run, ckpt: Path, weights: str, device: torch.device) -> Roles:
-    """Teacher and student of a checkpoint, for sampling."""
+def load_student(
+    run: Run, ckpt: Path, weights: str, device: torch.device, tell: Callable[[str], None] = print
+) -> Roles:
+    """Teacher and student of a checkpoint, for sampling. tell: as in `load_transformer`."""
     values = student_weights(ckpt, weights)
-    roles = build_roles(run, device, trained=("student",))
+    roles = build_roles(run, device, ("student",), tell)
     parameters = roles.named_parameters("student")
     checkpoints.check_like(ckpt, "ema" if weights == "ema" else "student", values, parameters, exact=False)
     load_parameters(parameters, values)

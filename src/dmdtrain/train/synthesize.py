@@ -112,7 +112,7 @@ def synthesize(
     )
     if folder.missing(count):
         device = setup.device_of_this_machine()
-        roles = setup.build_roles(run, device, trained=())
+        roles = setup.build_roles(run, device, (), setup.teller(console))
         renderer = Renderer(run, roles, setup.text_cache(run, device), setup.autocast(config, device))
         make_samples(renderer, folder, sigmas, count, console)
     console.print(f"done: {folder.path}, {count} {what}", soft_wrap=True)

@@ -35,6 +35,7 @@ from dmdtrain.train.setup import (
     device_of_this_machine,
     encode_text,
     sampling_json,
+    teller,
     text_cache,
 )
 from dmdtrain.train.step import Distiller, Stats, as_numbers
@@ -65,7 +66,7 @@ class Trainer:
         self.clips = prepare_videos(run, console, scanned)
         captions = [sample.caption for clips in self.clips.values() for sample in clips.samples]
         encode_text(self.text, [*run.prompts, *run.validation_prompts, *negatives, *captions], console)
-        self.roles = build_roles(run, self.device)
+        self.roles = build_roles(run, self.device, tell=teller(console))
         uncond = self.text.get([self.config.data.negative_prompt])
         self.distiller = Distiller(self.roles, self.config, run.timesteps, run.latent_shape, uncond)
 
@@ -243,7 +244,7 @@ class Trainer:
         return numbers | {"memory_gib": peak_memory_gib(self.device)}
 
     def _alarm(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False)
+        teller(self.console)(text)
         self.reports.event("alarm", text, self.step)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
