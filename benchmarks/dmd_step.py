@@ -107,7 +107,8 @@ def random_transformer(shape: dict, precision: str, device: torch.device) -> Wan
         value = torch.randn(like.shape, device=device, dtype=kind) * (0.5 / like[0].numel() ** 0.5)
         return nn.Parameter(value, requires_grad=False)
 
-    for path, layer in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:  # a list of layers would keep those that are replaced
+        layer = model.get_submodule(path)
         for name, parameter in list(layer._parameters.items()):
             if parameter is not None:
                 layer._parameters[name] = filled(f"{path}.{name}", parameter)
@@ -128,9 +129,8 @@ class Steps:
         self.run, self.config, self.device = run, run.config, device
         config, precision = run.config, run.config.model.precision
         base, teacher = self._model(run.base, precision), None
-        teacher_precision = config.model.teacher_precision or precision
-        if run.teacher.path != run.base.path or teacher_precision != precision:
-            teacher = self._model(run.teacher, teacher_precision)
+        if run.own_teacher:
+            teacher = self._model(run.teacher, config.model.teacher_precision or precision)
         specs, options = setup.adapter_specs(config), setup.role_options(config)
         self.roles = Roles(base, teacher=teacher, trained=specs, **options)
         generator = torch.Generator().manual_seed(0)
