@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -459,6 +460,25 @@ def test_a_damaged_quantized_base_is_told_and_made_again(wan_folder, tmp_path, d
     assert all(torch.equal(found[key], wanted[key]) for key in wanted) and file.read_bytes() == whole
     load()
     assert len(told) == 1 and {f.name for f in tmp_path.iterdir()} == {file.name, file.with_suffix(".json").name}
+
+
+def test_a_quantized_base_that_is_being_written_is_not_there_yet(wan_folder, tmp_path, monkeypatch):
+    folder = find_folder(str(wan_folder), "model.base")
+    told: list[str] = []
+    load = partial(load_transformer, folder, "int8", quantized_cache=tmp_path, tell=told.append)
+    hashed = quantized_cache.sha256
+
+    def meanwhile(file: Path) -> str:
+        monkeypatch.setattr(quantized_cache, "sha256", hashed)
+        with monkeypatch.context() as another:
+            another.setattr(os, "getpid", lambda: 1)
+            load()
+        return hashed(file)
+
+    monkeypatch.setattr(quantized_cache, "sha256", meanwhile)
+    load()
+    load()
+    assert not told and len(stored_in(tmp_path)) == 1
 
 
 def test_a_quantized_base_that_can_not_be_read_stays(wan_folder, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from dmdtrain.files import check_room, make_folder, save_tensors, sha256, write_text
+from dmdtrain.files import atomic, check_room, make_folder, save_tensors, sha256, write_text
 from dmdtrain.models.quantize import read_quantized
 
 KEY = "model.quantized_cache"
@@ -85,18 +85,15 @@ def _problem(stored: Path) -> str | None:
 
 
 def _write(stored: Path, model: nn.Module) -> None:
-    """The tensors first: a kill in between leaves a file without a checksum, or with that of one before, which is made again."""
+    """The checksum is there before the file is: another process that starts meanwhile finds none, or a whole one."""
     # nf4's code books, of 16 and 256 numbers, are shared by all layers; a file wants them apart.
     apart = {name: value.clone() if value.numel() <= 256 else value for name, value in model.state_dict().items()}
     make_folder(stored.parent)
     check_room(stored.parent, sum(value.nbytes for value in apart.values()))
-    save_tensors(stored, apart)
-    try:
-        sums = {"bytes": stored.stat().st_size, "sha256": sha256(stored)}
+    with atomic(stored) as partial:
+        save_tensors(partial, apart)
+        sums = {"bytes": partial.stat().st_size, "sha256": sha256(partial)}
         write_text(_sums(stored), json.dumps(sums) + "\n")
-    except OSError:
-        _remove(stored)
-        raise
 
 
 def _remove(stored: Path) -> None:
