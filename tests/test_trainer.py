@@ -309,8 +309,7 @@ def test_an_optimizer_step_is_adamw(name):
     ("name", "flags"),
     [
         ("adamw", {"fused": True}),
-        # The library's choice: its Triton kernels where all weights are on a GPU.
-        ("adamw_bf16", {"triton": None, "foreach": None}),
+        ("adamw_bf16", {"triton": False, "foreach": None}),  # its Triton kernels are for weights on a GPU
     ],
 )
 def test_an_optimizer_may_take_its_fused_kernels(name, flags):
