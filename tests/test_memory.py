@@ -413,6 +413,25 @@ def stored_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def test_what_killed_processes_left_of_a_quantized_base_is_removed(settings, tmp_path):
+    folder = find_folder(settings["model"]["base"], "model.base")
+    load = partial(load_transformer, folder, "int8", quantized_cache=tmp_path / "kept")
+    load()
+    (file,) = (tmp_path / "kept").glob("*.safetensors")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [
+        file.with_name(f".{name}.{pid}.partial")
+        for name in (file.name, f".{file.name}.1.partial")
+        for pid in (gone.pid, os.getppid())
+    ]
+    for each in left:
+        each.write_bytes(b"half")
+    file.unlink()
+    load()
+    assert file.exists() and [each.exists() for each in left] == [False, True] * 2
+
+
 def test_an_outdated_quantized_base_is_made_again(wan_folder, tmp_path):
     folder = find_folder(str(wan_folder), "model.base")
     load_transformer(folder, "int8", quantized_cache=tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -89,11 +90,24 @@ def _write(stored: Path, model: nn.Module) -> None:
     # nf4's code books, of 16 and 256 numbers, are shared by all layers; a file wants them apart.
     apart = {name: value.clone() if value.numel() <= 256 else value for name, value in model.state_dict().items()}
     make_folder(stored.parent)
+    _remove_abandoned(stored)
     check_room(stored.parent, sum(value.nbytes for value in apart.values()))
     with atomic(stored) as partial:
         save_tensors(partial, apart)
         sums = {"bytes": partial.stat().st_size, "sha256": sha256(partial)}
         write_text(_sums(stored), json.dumps(sums) + "\n")
+
+
+def _remove_abandoned(stored: Path) -> None:
+    """What processes of this machine that were killed have left of it. One of another machine, whose number is nobody's here,
+    would tell that it can not write and go on."""
+    for file in stored.parent.glob(f".*{stored.name}.*.partial"):
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)
+        except (ProcessLookupError, ValueError):
+            file.unlink(missing_ok=True)
+        except OSError:  # another user's process
+            pass
 
 
 def _remove(stored: Path) -> None:
