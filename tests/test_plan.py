@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from dmdtrain.cli import app
 from dmdtrain.config import build
+from dmdtrain.models.decode import StreamDecoder
 from dmdtrain.models.wan import find_folder
 from dmdtrain.train import plan as planning
 from dmdtrain.train import setup
@@ -28,6 +29,7 @@ from dmdtrain.train.checkpoint import list_checkpoints
 from dmdtrain.train.fit import smaller
 from dmdtrain.train.flops import pass_flops, stage_flops, step_flops, update_flops
 from dmdtrain.train.plan import GIB, make_plan
+from dmdtrain.train.render import Renderer
 from dmdtrain.train.step import Distiller
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
 
@@ -151,6 +153,37 @@ def test_the_plan_is_what_the_code_holds(settings, deep_folder, groups):
         made.phases["warm-up"] += made.items["fake_score optimizer"]  # which it is before
     for name, peak in phases.items():
         assert made.phases[name] == pytest.approx(peak, rel=close), name
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "rollout", [{}, CAUSAL, CAUSAL | {"kv_cache": "int8"}], ids=["bidirectional", "causal", "int8"]
+)
+def test_the_plan_of_validation_is_what_it_holds(settings, deep_folder, rollout, guidance_scale):
+    sizes = {"num_frames": 29, "resolution": "128x128", "count": 2, "guidance_scale": guidance_scale}
+    run = resolved(settings, deep_folder, rollout=rollout | {"num_training_frames": 8}, validation=sizes)
+    made = make_plan(run)
+    roles, text = setup.build_roles(run, torch.device("cpu")), setup.text_cache(run, torch.device("cpu"))
+    renderer, live, phases = Renderer(run, roles, text, nullcontext), LiveBytes(), dict[str, int]()
+    prompts, negative = run.validation_prompts, run.config.validation.negative_prompt
+    text.prepare([*prompts, negative])
+    for parameter in roles.roles["student"].module.parameters():
+        live.add(parameter)
+    with live, torch.no_grad():
+        peaks = PeakPhases(live, phases)
+        with peaks("sampling"):
+            latents = renderer.student(
+                prompts, 0, run.validation_latent_shape, run.validation_timesteps, guidance_scale, negative
+            )
+        with peaks("decoding"), renderer.codec() as vae:
+            for tensor in vae.state_dict().values():
+                live.add(tensor)
+            decoder = StreamDecoder(vae)
+            for frame in latents.split(1, dim=2):  # as `Renderer.decode` does, which keeps the videos on the CPU
+                decoder(frame)
+    for name, peak in phases.items():
+        # Beside the student's own weights, while the average is in their place.
+        assert made.phases[name] - made.items["student weights"] == pytest.approx(peak, rel=0.1), name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int8-llm", "nf4"])

@@ -21,8 +21,8 @@ from dmdtrain.models import offload
 from dmdtrain.models.decode import StreamDecoder
 from dmdtrain.models.quantize import empty_quantized, multiply_in_int8
 from dmdtrain.models.roles import Roles, cast_weights
-from dmdtrain.rollout import sample
-from dmdtrain.train.render import BATCH_TOKENS, decode_tiled
+from dmdtrain.rollout import Denoiser, sample
+from dmdtrain.train.render import BATCH_TOKENS, decode_tiled, guided
 from dmdtrain.train.setup import Run, adapter_specs, role_options
 from dmdtrain.train.step import (
     Distiller,
@@ -224,45 +224,43 @@ def _teach(run: Run, distiller: Distiller, *, flow: bool) -> None:
 
 @torch.no_grad()
 def _validate(run: Run, distiller: Distiller, peaks: PeakPhases) -> None:
-    """The first blocks of a validation video as they are sampled and decoded, and the last ones as they are sampled."""
+    """A batch of validation videos as they are sampled, and their first frames, or a tile of them, as they are decoded."""
     config, (channels, num_frames, *size) = run.config, run.validation_latent_shape
     settings = for_sampling(config.rollout, num_frames)
-    with torch.device("meta"):
-        vae: Any = AutoencoderKLWan.from_config(run.base.vae)
-    _materialise(vae)
     tokens = num_frames * size[0] * size[1] // (run.base.patch_size[1] * run.base.patch_size[2])
     n = min(len(run.validation_prompts), max(1, BATCH_TOKENS // tokens))
     context = torch.empty(n, *_context(run))
-    denoise = student_denoiser(distiller.roles, context, new_cache(settings, evict=True), distiller.autocast)
-    blocks = sample(
-        denoise,
-        lambda frames: torch.empty(num_draws(settings, [0.0]), n, channels, frames.stop - frames.start, *size),
-        run.validation_timesteps[-1:],
-        block_layout(settings, num_frames),
-        context_timestep=context_timestep(settings),
-    )
-    tiled = decode_tiled(run, run.validation_latent_shape)
-    decoder, decoded = StreamDecoder(vae), 0
-    while True:
-        with peaks("sampling"):
-            block = next(blocks, None)
-        if block is None:
-            break
-        if not tiled:
-            with peaks("decoding"):
-                for frame in block.split(1, dim=2)[: max(0, 3 - decoded)]:  # what it remembers of frames is full then
-                    decoder(frame)
-                    decoded += 1
-    if tiled:
-        del blocks, denoise
-        factor = run.base.spatial_factor
-        tile = torch.empty(1, channels, 3, *(min(256 // factor, edge) for edge in size))
-        with peaks("decoding"):
+
+    def denoiser() -> Denoiser:
+        return student_denoiser(distiller.roles, context, new_cache(settings, evict=True), distiller.autocast)
+
+    scale = config.validation.guidance_scale
+    last = run.validation_timesteps[-1:]
+    drawn, used = num_draws(settings, run.validation_timesteps), num_draws(settings, last)
+    with peaks("sampling"):
+        blocks = sample(
+            denoiser() if scale in (0, 1) else guided(denoiser(), denoiser(), scale),
+            lambda frames: torch.empty(drawn, n, channels, frames.stop - frames.start, *size)[:used],
+            last,
+            block_layout(settings, num_frames),
+            context_timestep=context_timestep(settings),
+        )
+        latents = torch.cat(list(blocks), 2)
+    with peaks("decoding"):
+        with torch.device("meta"):
+            vae: Any = AutoencoderKLWan.from_config(run.base.vae)
+        _materialise(vae)
+        decoder = StreamDecoder(vae)
+        if decode_tiled(run, run.validation_latent_shape):
             # All tiles' frames, which overlap by a quarter of each edge, and the frames that are put together of them.
+            factor = run.base.spatial_factor
             pixels = 3 * (4 * num_frames - 3) * size[0] * size[1] * factor**2
             whole = torch.empty(round((16 / 9 + 1) * pixels))
-            decoder(tile)
+            decoder(torch.empty(1, channels, 3, *(min(256 // factor, edge) for edge in size)))
             del whole
+        else:
+            for frame in latents[:, :, :3].split(1, dim=2):  # what the decoder remembers of frames is full then
+                decoder(frame)
 
 
 class PeakPhases:

@@ -77,7 +77,7 @@ class Renderer:
             for context in self._contexts(prompts, negative)
         )
         yield from sample(
-            cond if guidance in (0, 1) else _guided(cond, uncond, guidance),
+            cond if guidance in (0, 1) else guided(cond, uncond, guidance),
             noise,
             timesteps,
             block_layout(settings, num_frames),
@@ -107,14 +107,9 @@ class Renderer:
         timesteps: list[float],
         *options: Any,
     ) -> torch.Tensor:
-        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU, decoded as blocks are finished; options as in `student_blocks`."""
-        if decode_tiled(self.run, shape):  # whole videos; what the sampler held is gone by then
-            return self.decode(self.student(prompts, seed, shape, timesteps, *options))
-        videos = []
-        with self.codec() as vae:
-            for blocks in self._student_batches(prompts, seed, shape, timesteps, *options):
-                videos.append(_decode_blocks(vae, blocks))
-        return torch.cat(videos)
+        """Videos [N, 3, T, H, W] in [-1, 1] on the CPU; options as in `student_blocks`. What the sampler holds is gone when they
+        are decoded."""
+        return self.decode(self.student(prompts, seed, shape, timesteps, *options))
 
     def _teacher_flow(self, prompts: list[str], guidance: float, negative: str) -> Flow:
         cond, uncond = self._contexts(prompts, negative)
@@ -191,15 +186,17 @@ class Renderer:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Videos [N, 3, T, H, W] in [-1, 1] on the CPU."""
         rows = self.batches(len(latents), tuple(latents.shape[1:]))
+        tiled = decode_tiled(self.run, tuple(latents.shape[1:]))
         with self.codec() as vae:
-            tiled = decode_tiled(self.run, tuple(latents.shape[1:]))
-            return torch.cat([decode_latents(vae, latents[r.start : r.stop], tiled).cpu() for r in rows])
+            return torch.cat([_decoded(vae, latents[r.start : r.stop], tiled) for r in rows])
 
 
-def _decode_blocks(vae: Any, blocks: Iterator[torch.Tensor]) -> torch.Tensor:
-    """Videos of latents that come block by block; what the decoder remembers of them is gone then."""
+def _decoded(vae: Any, latents: torch.Tensor, tiled: bool) -> torch.Tensor:
+    """Videos on the CPU; on the device are, unless they are tiled, those of one latent frame at a time."""
+    if tiled:
+        return decode_latents(vae, latents, tiled).cpu()
     decoder = StreamDecoder(vae)
-    return torch.cat([decoder(block).cpu() for block in blocks], 2)
+    return torch.cat([decoder(frame).cpu() for frame in latents.split(1, dim=2)], 2)
 
 
 def decode_tiled(run: Run, shape: tuple[int, ...]) -> bool:
@@ -219,7 +216,7 @@ def teacher_sigmas(run: Run, steps: int, through: list[float]) -> list[float]:
     return sorted(stops | {s for s in own if min(abs(s - stop) for stop in stops) > 1e-3}, reverse=True)
 
 
-def _guided(cond: Denoiser, uncond: Denoiser, scale: float) -> Denoiser:
+def guided(cond: Denoiser, uncond: Denoiser, scale: float) -> Denoiser:
     """Both denoisers in standard-form guidance, each with its own cache."""
 
     def denoise(
