@@ -585,7 +585,9 @@ def test_the_plan_of_every_record_is_within_a_tenth_of_what_was_measured(file, m
 
     record = json.loads(file.read_text())
     for part in (record[name] for name in ("settings", "compared") if name in record):
-        run = dmd_step.run_of(record["size"], dmd_step.settings(record["size"], part["overrides"]))
+        run = setup.resolve(
+            dmd_step.settings(record["size"], part["overrides"]), for_training=False, find=dmd_step.random_folder
+        )
         planned = make_plan(run).training_peak / GIB - planning.CONTEXT_GIB
         measured = part.get("allocated_peak_gib", part["live_peak_gib"])
         assert planned == pytest.approx(measured, rel=0.1), part["overrides"]

@@ -164,9 +164,9 @@ def test_a_second_start_opens_nothing(resolve, monkeypatch):
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("something is opened")
 
-    for name in ("train.clips.inspect", "train.prepare_videos.read_clip", "train.prepare_videos.load_vae"):
+    for name in ("train.clips.inspect", "train.prepare_videos.read_clip", "train.prepare_videos.codec"):
         monkeypatch.setattr(f"dmdtrain.{name}", forbidden)
-    monkeypatch.setattr("dmdtrain.data.sources.hashlib.file_digest", forbidden)
+    monkeypatch.setattr("dmdtrain.data.sources.sha256", forbidden)
     assert len(prepare_videos(run, QUIET)["data.videos"].samples) == 6
 
 
@@ -342,7 +342,7 @@ def test_runs_share_a_cache(write, tmp_path, monkeypatch):
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("something is encoded again")
 
-    for name in ("train.clips.inspect", "train.prepare_videos.load_vae", "models.encode.load_text_encoder"):
+    for name in ("train.clips.inspect", "train.prepare_videos.codec", "models.encode.load_text_encoder"):
         monkeypatch.setattr(f"dmdtrain.{name}", forbidden)
     done("fit", write(shared | {"train.seed": 1}), "--output-dir", tmp_path / "second")
     assert metrics(tmp_path / "second") != metrics(tmp_path / "run")

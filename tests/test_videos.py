@@ -490,7 +490,8 @@ from dmdtrain.config import load
 from dmdtrain.data.decode import read_header
 from dmdtrain.train import setup
 from dmdtrain.train.clips import scan
-from dmdtrain.train.prepare_videos import load_vae, prepare_videos
+from dmdtrain.models.wan import load_vae
+from dmdtrain.train.prepare_videos import prepare_videos
 
 place = Path(sys.argv[1])
 run = setup.resolve(load(place / "run.yaml"))
@@ -813,7 +814,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(settings, good, clips, tmp_p
 
     monkeypatch.setattr(setup, "load_transformer", forbidden)
     monkeypatch.setattr("dmdtrain.models.encode.load_text_encoder", forbidden)
-    monkeypatch.setattr("dmdtrain.train.prepare_videos.load_vae", forbidden)
+    monkeypatch.setattr("dmdtrain.train.prepare_videos.codec", forbidden)
     put(good, clips)
     fit = ("fit", write(settings, tmp_path, [str(clips), {"path": str(tmp_path / "none")}]))
     refused(*fit, says=["data.videos.1: ", "no such folder"])
