@@ -263,6 +263,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder of the record")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps: {args.steps}: it must be at least 1")
     try:
         record = measure(args)
     except ConfigError as error:

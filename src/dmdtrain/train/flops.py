@@ -92,9 +92,8 @@ def stage_flops(run: Run) -> dict[str, float]:
         layout, text = block_layout(rolling, frames), config.data.max_sequence_length
         tokens = run.tokens_of(run.validation_latent_shape)
         blocks = _block_flops(transformer, for_sampling(rolling, frames), layout, tokens, text)
-        one = _passes(config.validation.guidance_scale) * _sampling_flops(
-            blocks, [float(len(run.validation_timesteps))] * len(blocks)
-        )
+        passes = [float(len(run.validation_timesteps))] * len(blocks)
+        one = _passes(config.validation.guidance_scale) * _sampling_flops(blocks, passes)
         unread = 0 if run.prompts else config.validation.held_out_prompts  # a plan reads no prompts
         found["validation"] = times * (len(run.validation_prompts) + unread) * one
     return found

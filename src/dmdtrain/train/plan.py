@@ -271,7 +271,7 @@ def changes(config: Config) -> list[dict[str, Any]]:
         steps.append({"train.checkpoint_replay": True})
     if train.batch_size > 1:
         steps.append({"train.batch_size": 1, "train.gradient_accumulation": config.samples_per_update})
-    # The same numbers, from host memory.
+    # The same numbers.
     if train.checkpoints_on == "device":
         steps.append({"train.checkpoints_on": "host"})
     if config.rollout.causal and config.rollout.kv_cache != "host":
