@@ -130,7 +130,7 @@ class Steps:
         config, precision = run.config, run.config.model.precision
         base, teacher = self._model(run.base, precision), None
         if run.own_teacher:
-            teacher = self._model(run.teacher, config.model.teacher_precision or precision)
+            teacher = self._model(run.teacher, config.model.precision_of_teacher)
         specs, options = setup.adapter_specs(config), setup.role_options(config)
         self.roles = Roles(base, teacher=teacher, trained=specs, **options)
         generator = torch.Generator().manual_seed(0)

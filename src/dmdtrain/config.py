@@ -228,6 +228,10 @@ class Model(Group):
     flow_shift: Positive | None = None
     """Shift of the teacher's own sampling schedule. None: what the model folder's scheduler says."""
 
+    @property
+    def precision_of_teacher(self) -> str:
+        return self.teacher_precision or self.precision
+
     @model_validator(mode="before")
     @classmethod
     def _miniature(cls, values: Any) -> Any:

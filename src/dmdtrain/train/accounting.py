@@ -94,7 +94,7 @@ def _empty_roles(run: Run, num_layers: int) -> tuple[Roles, nn.Module | None]:
     base = transformer(run.base.transformer, model.precision)
     teacher = None
     if run.own_teacher:
-        teacher = transformer(run.teacher.transformer, model.teacher_precision or model.precision)
+        teacher = transformer(run.teacher.transformer, model.precision_of_teacher)
     options = role_options(config) | {"compile_backend": None}
     with torch.device("meta"):
         roles = Roles(base, teacher=teacher, trained=specs, **options)

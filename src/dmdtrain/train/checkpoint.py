@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dmdtrain.config import ConfigError
+from dmdtrain.config import Config, ConfigError, load_own
 from dmdtrain.data.buckets import OtherItems
 from dmdtrain.files import check_room, make_folder, naming, sha256
 from dmdtrain.files import sync as _sync
@@ -290,6 +290,11 @@ def file_of(folder: Path, name: str) -> Path:
     if not has_file(folder, name):
         raise ConfigError(f"checkpoint: {folder}: {name} is not in its {MANIFEST}")
     return folder / name
+
+
+def config_of(folder: Path) -> Config:
+    """The configuration of the run that a checkpoint is of."""
+    return load_own(file_of(folder, "config.yaml"))
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, load_own, unwritable
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, unwritable
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import StudentError, stock_scheduler, write_lora, write_pipeline
 from dmdtrain.models.decode import StreamDecoder, decode_latents
 from dmdtrain.train import setup
-from dmdtrain.train.checkpoint import check_checkpoint, file_of, has_file, read_json
+from dmdtrain.train.checkpoint import check_checkpoint, config_of, has_file, read_json
 from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer, decode_tiled
 from dmdtrain.train.validation import Mp4Writer, write_samples
@@ -196,7 +196,7 @@ def _check_adapter(ckpt: Path, values: dict[str, torch.Tensor], rank: int) -> No
 
 def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, console: Console) -> None:
     check_checkpoint(ckpt, "--ckpt")
-    config, sampling = load_own(file_of(ckpt, "config.yaml")), read_json(ckpt, "sampling.json")
+    config, sampling = config_of(ckpt), read_json(ckpt, "sampling.json")
     _check_sampling(ckpt, sampling)
     student = config.student
     if student.kind != "lora":

@@ -161,10 +161,10 @@ def write_upload(run: Run, ckpt: Path, folder: Path, repo: str) -> None:
     """
     from rich.console import Console
 
-    from dmdtrain.train.checkpoint import file_of
+    from dmdtrain.train.checkpoint import config_of, file_of
     from dmdtrain.train.commands import export_lora
 
-    config = configuration.load_own(file_of(ckpt, "config.yaml"))
+    config = config_of(ckpt)
     with atomic_folder(folder) as partial:
         if config.student.kind == "lora":
             said = Console(file=io.StringIO())

@@ -304,7 +304,7 @@ def changes(config: Config) -> list[dict[str, Any]]:
 def _precisions(config: Config) -> list[tuple[str, str]]:
     """Of the base and of a teacher of its own, by their keys."""
     model = config.model
-    own = [("model.teacher_precision", model.teacher_precision or model.precision)] if model.teacher else []
+    own = [("model.teacher_precision", model.precision_of_teacher)] if model.teacher else []
     return [*own, ("model.precision", model.precision)]
 
 

@@ -85,19 +85,15 @@ class Renderer:
             on_step=on_step,
         )
 
-    def _student_batches(
-        self, prompts: list[str], seed: int, shape: tuple[int, int, int, int], timesteps: list[float], *options: Any
-    ) -> Iterator[Iterator[torch.Tensor]]:
-        for rows in self.batches(len(prompts), shape):
-            chunk, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
-            yield self.student_blocks(chunk, seeds, shape, timesteps, *options)
-
     def student(
         self, prompts: list[str], seed: int, shape: tuple[int, int, int, int], timesteps: list[float], *options: Any
     ) -> torch.Tensor:
         """Normalised latents [N, *shape] of the few-step student; options as in `student_blocks`."""
-        batches = self._student_batches(prompts, seed, shape, timesteps, *options)
-        return torch.cat([torch.cat(list(blocks), 2) for blocks in batches])
+        videos = []
+        for rows in self.batches(len(prompts), shape):
+            chunk, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
+            videos.append(torch.cat(list(self.student_blocks(chunk, seeds, shape, timesteps, *options)), 2))
+        return torch.cat(videos)
 
     def student_videos(
         self,

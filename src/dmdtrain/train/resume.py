@@ -68,7 +68,7 @@ def own_config(output: Path) -> Config | None:
         lost = error
     found, damaged = checkpoints.newest_good(output)
     if found is not None:
-        return configuration.load_own(checkpoints.file_of(found, "config.yaml"))
+        return checkpoints.config_of(found)
     if lost is not None or damaged:
         raise ConfigError(
             f"output_dir: {lost or f'{file} is missing'}, and no undamaged checkpoint is left; choose another"
@@ -120,7 +120,7 @@ def check_output(config: Config, resume: str) -> None:
         checkpoints.check_checkpoint(folder, "--resume")
         own = owned is not None and folder.resolve() != _branched_from(output)
         what = f"--resume: {folder} is a checkpoint of another configuration"
-        _refuse_other(_config_of(folder), config, what, branch=not own)
+        _refuse_other(checkpoints.config_of(folder), config, what, branch=not own)
         if own and folder.resolve().parent.parent != output.resolve():
             raise ConfigError(f"output_dir: {output} belongs to another run; choose another with --output-dir")
     if owned is not None:
@@ -131,15 +131,11 @@ def check_output(config: Config, resume: str) -> None:
         _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
 
 
-def _config_of(checkpoint: Path) -> Config:
-    return configuration.load_own(checkpoints.file_of(checkpoint, "config.yaml"))
-
-
 def describe_branch(config: Config, resume: str) -> list[str]:
     """What a checkpoint's run could not change and this one does."""
     if resume in ("auto", "never"):
         return []
-    changes = configuration.branch_changes(_config_of(Path(resume)), config)
+    changes = configuration.branch_changes(checkpoints.config_of(Path(resume)), config)
     return [f"branch          of {resume}", *(f"changed         {change}" for change in changes)] if changes else []
 
 
@@ -158,7 +154,9 @@ def pick_checkpoint(config: Config, resume: str) -> tuple[Path | None, dict[Path
             f"--resume: {folder}: {what}; no undamaged checkpoint is left (train anew with another --output-dir)"
         )
     if found is not None:
-        _refuse_other(_config_of(found), config, f"--resume: {found} is a checkpoint of another configuration")
+        _refuse_other(
+            checkpoints.config_of(found), config, f"--resume: {found} is a checkpoint of another configuration"
+        )
     return found, damaged
 
 

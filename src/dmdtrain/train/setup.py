@@ -53,8 +53,7 @@ class Run:
     def own_teacher(self) -> bool:
         """Whether the teacher is another model than the base, or the same in another precision."""
         model = self.config.model
-        precisions = {model.precision, model.teacher_precision or model.precision}
-        return self.teacher.path != self.base.path or len(precisions) > 1
+        return self.teacher.path != self.base.path or model.precision_of_teacher != model.precision
 
     @property
     def flow_shift(self) -> float:
@@ -261,7 +260,7 @@ def build_roles(
     base = load(run.base, model.precision)
     teacher = None
     if run.own_teacher:
-        teacher = load(run.teacher, model.teacher_precision or model.precision)
+        teacher = load(run.teacher, model.precision_of_teacher)
     specs = adapter_specs(config)
     # Adapters draw their first values from the global generator: seed it here, and nowhere else.
     torch.manual_seed(config.train.seed)
@@ -387,7 +386,7 @@ def size_text(size: float) -> str:
 def load_run(ckpt: Path) -> Run:
     """The run that a checkpoint belongs to."""
     checkpoints.check_checkpoint(ckpt, "--ckpt")
-    config = configuration.load_own(checkpoints.file_of(ckpt, "config.yaml"))
+    config = checkpoints.config_of(ckpt)
     if ckpt.resolve().parent.name in (
         checkpoints.CHECKPOINTS,
         checkpoints.WARMUP,
