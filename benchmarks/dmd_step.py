@@ -152,7 +152,7 @@ class Steps:
         ema, self.average = config.ema, None
         if ema.enabled:
             where = torch.device("cpu") if ema.keep_on == "host" else None
-            self.average = Ema(self.roles.named_parameters("student"), ema.decay, ema.every, where)
+            self.average = Ema(self.roles.named_parameters("student"), ema.decay, ema.every, where, ema.warmup)
         self.records: list[dict[str, float]] = []
 
     def _model(self, folder: WanFolder, precision: str) -> WanTransformer3DModel:

@@ -130,6 +130,7 @@ def main() -> None:
             "schedule.name=constant",
             "optimizer.grad_clip_method=norm",
             "ema.every=1",
+            "ema.warmup=false",
         ]
         config = load(ROOT / "configs" / "wan_tiny.yaml", [*settings, f"output_dir={folder}/run"])
         trainer = Trainer(resolve(config), Console(quiet=True))

@@ -148,6 +148,7 @@ CHANGED = {
     "train.max_bad_steps": 3,
     "ema.enabled": False,
     "ema.decay": 0.95,
+    "ema.warmup": False,
     "ema.every": 2,
     "ema.keep_on": "host",
     "ema.validate_with": "raw",
@@ -604,10 +605,12 @@ def test_a_teacher_precision_needs_a_teacher(refusal, load_text):
 def test_windows_must_hold_a_block_and_the_sinks(refusal, load_text):
     message = refusal("rollout: {sink_frames: 2}")
     assert message == "rollout.sink_frames: 2 needs local_attention_frames; valid without it is 0"
-    message = refusal("rollout: {local_attention_frames: 4, sink_frames: 2}")
-    assert message == "rollout.local_attention_frames: 4 is below num_frame_per_block + sink_frames (5)"
-    config = load_text("rollout: {local_attention_frames: 5, sink_frames: 2}")
-    assert (config.rollout.local_attention_frames, config.rollout.sink_frames) == (5, 2)
+    message = refusal("rollout: {local_attention_frames: 2, sink_frames: 2}")
+    assert message == (
+        "rollout.local_attention_frames: 2 is below num_frame_per_block (3): a block attends to all of itself"
+    )
+    config = load_text("rollout: {local_attention_frames: 3, sink_frames: 3}")  # sinks lie outside the window
+    assert (config.rollout.local_attention_frames, config.rollout.sink_frames) == (3, 3)
 
 
 @pytest.mark.parametrize(

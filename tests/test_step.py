@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmdtrain.config import build
 from dmdtrain.models.roles import AdapterSpec, Roles
-from dmdtrain.train.step import Distiller, Draws
+from dmdtrain.train.step import Distiller, Draws, x0_figures
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 SPECS = {"student": AdapterSpec(3, 6.0, TARGETS), "fake_score": AdapterSpec(2, 5.0, TARGETS)}
@@ -218,9 +218,12 @@ def test_what_the_student_reports():
         "fake_real_gap": (fake - real).square().mean(),
         "x0_mean": x0.mean(),
         "x0_std": x0.std(),
+        "x0_diversity": torch.cdist(*[x0.flatten(1)] * 2).square().sum().div(6 * 5 * x0[0].numel()).sqrt(),
     }
+    stats = x0_figures(stats, 6)
     for key, value in wanted.items():
         torch.testing.assert_close(stats[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert all(value.ndim == 0 for value in stats.values())
     assert not any(value.requires_grad for value in stats.values())
 
 
@@ -419,8 +422,12 @@ def timesteps_by_exit(distiller: Distiller) -> dict[int, torch.Tensor]:
         ({"ts_schedule": False, "min_score_timestep": 300}, [(300, 980)] * 3),
         ({"ts_schedule": False, "ts_schedule_max": True, "min_score_timestep": 300}, [(300, 980), (300, 756), (300, 521)]),
         ({"min_timestep_ratio": 0.6, "max_timestep_ratio": 0.9}, [(757, 900), (600, 900), (600, 900)]),
-        # 5 s / (1 + 4 s): 757 -> 939.67, 522 -> 845.21.
-        ({"timestep_shift": 5.0}, [(939.67, 980), (845.21, 980), (20, 980)]),
+        # Before the shift of 5, s / (5 - 4 s): 757 -> 384, 522 -> 179. 384, 383, 179, 178 -> 757.1, 756.3, 521.6, 519.9.
+        ({"timestep_shift": 5.0}, [(757.1, 980), (521.56, 980), (20, 980)]),
+        ({"timestep_shift": 5.0, "ts_schedule_max": True}, [(757.1, 980), (521.56, 756.32), (20, 519.86)]),
+        ({"timestep_shift": 0.5, "ts_schedule_max": True}, [(757, 980), (522, 756.9), (20, 521.9)]),
+        # The bound that is no timestep of the student stays one before the shift: 300 -> 681.82.
+        ({"timestep_shift": 5.0, "ts_schedule": False, "min_score_timestep": 300}, [(681.82, 980)] * 3),
     ],
 )  # fmt: skip
 def test_the_exit_step_bounds_the_score_timesteps(settings, bounds):
@@ -433,6 +440,15 @@ def test_the_exit_step_bounds_the_score_timesteps(settings, bounds):
         assert high - 5 <= found.max() <= high + 0.01, exit_step
         if settings.get("timestep_shift", 1.0) == 1.0:
             torch.testing.assert_close(found, found.round(), rtol=1e-6, atol=0)
+
+
+def test_a_warped_list_is_scored_as_the_reference_scores_it():
+    """Self-Forcing with 1000/757/522 warped by 5, score shift 5 and both schedules: its integers lie between 757 and 522."""
+    distiller = make(dmd(timestep_shift=5.0, ts_schedule_max=True), shape=POINT)
+    distiller.timesteps = [1000.0, 939.6723, 845.2073]
+    for exit_step, (low, high) in enumerate([(939.7, 980), (845.2, 939.4), (20, 844.7)]):
+        found = at_exit(distiller, exit_step, 30000).score_timestep
+        assert (float(found.min()), float(found.max())) == pytest.approx((low, high), abs=0.05), exit_step
 
 
 def test_score_timesteps_are_uniform_before_the_shift():

@@ -72,20 +72,25 @@ def score_timestep_range(
     ts_schedule: bool,
     ts_schedule_max: bool,
     min_score_timestep: int,
+    shift: float = 1.0,
 ) -> tuple[int, int]:
-    """Half-open range [low, high) of the integers from which score timesteps are drawn, before the shift.
+    """Half-open range [low, high) of the integers from which score timesteps are drawn, before `shift` is applied.
+
+    The exit step's own timesteps are final, so they are taken back through the shift: once the drawn integer is shifted, it
+    lies between what the step denoises to and what it denoises from, to the nearest integer before the shift.
 
     Args:
         denoised_from: timestep at which the exit step started. denoised_to: timestep that it would go on to; 0 after
-            the last step.
+            the last step. Both as the student uses them, in [0, 1000].
         ts_schedule: bound below by `denoised_to` instead of `min_score_timestep`.
         ts_schedule_max: bound above by `denoised_from` instead of 1000.
+        min_score_timestep: before the shift. shift: of the score timesteps.
 
     Raises:
         ValueError: the range is empty.
     """
-    low = round(denoised_to) if ts_schedule else min_score_timestep
-    high = round(denoised_from) if ts_schedule_max else NUM_TRAIN_TIMESTEPS
+    low = round(shift_timestep(denoised_to, 1 / shift)) if ts_schedule else min_score_timestep
+    high = round(shift_timestep(denoised_from, 1 / shift)) if ts_schedule_max else NUM_TRAIN_TIMESTEPS
     if low >= high:
         raise ValueError(f"score timesteps: no integer in [{low}, {high})")
     return low, high

@@ -12,7 +12,9 @@ from dmdtrain.models.offload import pinned_empty
 class Ema:
     """Float32 average, updated at every `every`-th student update. `weights` are by the names of `parameters`.
 
-    device: where they lie; None: where the parameters are.
+    Args:
+        decay: of the old average at each update. device: where the weights lie; None: where the parameters are.
+        warmup: begin with a smaller decay, see `decay_at`.
     """
 
     def __init__(
@@ -21,8 +23,9 @@ class Ema:
         decay: float,
         every: int,
         device: torch.device | None = None,
+        warmup: bool = False,
     ):
-        self.decay, self.every, self.device = decay, every, device
+        self.decay, self.every, self.device, self.warmup = decay, every, device, warmup
         self._parameters = parameters
         self.weights = {name: seen.clone() for name, seen in zip(parameters, self._seen(), strict=True)}
 
@@ -35,12 +38,18 @@ class Ema:
         torch.cuda.current_stream().synchronize()
         return there
 
+    def decay_at(self, student_update: int) -> float:
+        """Decay after student update number `student_update` (from 1): with `warmup`, min(decay, (1 + n) / (10 + n)) of the n
+        updates before it, so that the start leaves the average as fast as the weights leave it."""
+        n = student_update - 1
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self, student_update: int) -> None:
         """student_update: number of student updates done so far, from 1."""
         if student_update % self.every:
             return
-        torch._foreach_lerp_(list(self.weights.values()), self._seen(), 1 - self.decay)
+        torch._foreach_lerp_(list(self.weights.values()), self._seen(), 1 - self.decay_at(student_update))
 
     @torch.no_grad()
     def restart(self) -> None:

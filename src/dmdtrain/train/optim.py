@@ -27,20 +27,21 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer by its name in the configuration.
 
-    adamw: PyTorch's. adamw_bf16: optimi's AdamW for bf16 weights; Kahan summation keeps what rounding would lose and,
-    unlike stochastic rounding, needs no randomness. adamw8bit: bitsandbytes', with 8-bit moments; paged_adamw8bit: in memory
-    that the driver moves to the host when the device is full.
+    adamw: PyTorch's. adamw_bf16: `KahanAdamW` for bf16 weights; Kahan summation keeps what rounding would lose, of updates and
+    decay, and, unlike stochastic rounding, needs no randomness. adamw8bit: bitsandbytes', with 8-bit moments;
+    paged_adamw8bit: in memory that the driver moves to the host when the device is full.
     """
     parameters = list(parameters)
     options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=True)
     if name == "adamw_bf16":
-        import optimi
         from optimi.utils import HAS_TRITON
 
+        from dmdtrain.train.kahan import KahanAdamW
+
         triton = HAS_TRITON and all(parameter.is_cuda for parameter in parameters)
-        return optimi.AdamW(parameters, **options, kahan_sum=True, triton=triton)
+        return KahanAdamW(parameters, **options, kahan_sum=True, triton=triton)
     if name in ("adamw8bit", "paged_adamw8bit"):
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 

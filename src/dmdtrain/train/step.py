@@ -116,6 +116,7 @@ def score_range(config: Config, timesteps: list[float], exit_step: int) -> tuple
         ts_schedule=config.dmd.ts_schedule,
         ts_schedule_max=config.dmd.ts_schedule_max,
         min_score_timestep=config.dmd.min_score_timestep,
+        shift=config.dmd.timestep_shift,
     )
 
 
@@ -135,6 +136,29 @@ def mean_distance(videos: torch.Tensor) -> torch.Tensor:
     """Root mean square difference of two videos, over all pairs of [n, ...]: 0 where they are all the same."""
     flat = videos.detach().flatten(1).float()
     return torch.pdist(flat).mean() / flat.shape[1] ** 0.5
+
+
+def x0_moments(x0: torch.Tensor) -> Stats:
+    """What `x0_figures` needs of a micro-batch [b, C, T, H, W]: means over it, of which an update's are the weighted means."""
+    x0 = x0.detach().float()
+    return {"x0_mean": x0.mean(), "x0_square": x0.square().mean(), "x0_average": x0.mean(0)}
+
+
+def x0_figures(stats: Stats, n: int) -> Stats:
+    """Statistics of a whole update of n videos, its moments turned into `x0_std`, over all values, and, from two videos on, into
+    `x0_diversity`: the root mean square difference of two videos, over all values and pairs."""
+    if "x0_average" not in stats:
+        return stats
+    stats = dict(stats)
+    square, average = stats.pop("x0_square"), stats.pop("x0_average")
+    values = n * average.numel()
+    stats["x0_std"] = ((square - stats["x0_mean"].square()) * values / (values - 1)).clamp(min=0).sqrt()
+    if n > 1:
+        within = (square - average.square().mean()).clamp(
+            min=0
+        )  # mean square of what sets a video apart from the average
+        stats["x0_diversity"] = (2 * n / (n - 1) * within).sqrt()
+    return stats
 
 
 class Distiller:
@@ -253,7 +277,7 @@ class Distiller:
             context: [b, L, D]. draws: of the b videos. weight: the micro-batch's share of the update, b / n.
 
         Returns:
-            scalars, each the micro-batch's mean; the videos' scored frames [b, C, t, H, W].
+            statistics, each the micro-batch's mean; the videos' scored frames [b, C, t, H, W].
         """
         settings = self.config.dmd
         student = self._student(context)
@@ -271,11 +295,8 @@ class Distiller:
             "dmd_gradient_norm": gradient.flatten(1).norm(dim=1).mean(),
             "dmd_normaliser": normaliser.mean(),
             "fake_real_gap": (x0_fake - x0_real).square().mean(),
-            "x0_mean": x0.mean(),
-            "x0_std": x0.std(),
+            **x0_moments(x0),
         }
-        if len(x0) > 1:
-            stats["x0_diversity"] = mean_distance(x0)
         with self.phases("replay"):
             replay_backward(student, records, dmd.dmd_loss_gradient(gradient) * weight)
         return stats, x0

@@ -38,7 +38,7 @@ from dmdtrain.train.setup import (
     teller,
     text_cache,
 )
-from dmdtrain.train.step import Distiller, Stats, as_numbers
+from dmdtrain.train.step import Distiller, Stats, as_numbers, x0_figures
 from dmdtrain.train.underway import Tensors, Underway, load_underway
 from dmdtrain.train.warmup import Warmup
 from dmdtrain.train.warmup_step import WarmupBatch
@@ -91,7 +91,7 @@ class Trainer:
         }
         ema, averaged = self.config.ema, self.roles.named_parameters("student")
         where = torch.device("cpu") if ema.keep_on == "host" else None
-        self.ema = Ema(averaged, ema.decay, ema.every, where) if ema.enabled else None
+        self.ema = Ema(averaged, ema.decay, ema.every, where, ema.warmup) if ema.enabled else None
         sampler = EpochSampler(run.prompts, self.config.train.seed)
         n = self.config.samples_per_update
         self.batches = Batches(n, sampler, self.text, self.distiller, self.config.train.seed + 1)
@@ -152,7 +152,8 @@ class Trainer:
                     stats |= self.real.backward(clips.rows(rows.start, rows.stop), share)
             return stats
 
-        total = underway.accumulate(config.samples_per_update, config.train.batch_size, backward)
+        n = config.samples_per_update
+        total = x0_figures(underway.accumulate(n, config.train.batch_size, backward), n)
         self.batches.prefetch()
         clip, method = (
             (config.optimizer.grad_clip, config.optimizer.grad_clip_method)

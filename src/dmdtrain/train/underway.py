@@ -66,7 +66,7 @@ class Underway:
             backward: accumulates the gradient of these rows, which are that share of the update; returns their means.
 
         Returns:
-            means over the update; of numbers that not all micro-batches have (a last one of a single video), none.
+            means over the update, of numbers that all micro-batches have: a checkpoint of another version may lack some.
 
         Raises:
             Paused: a signal has come. Before the first micro-batch of a step there is nothing to keep, and it is made.
@@ -153,6 +153,9 @@ def load_underway(
             raise ConfigError(f"checkpoint: {folder}: {UNDERWAY}.safetensors lacks {prefix}*")
     numbers = tuple(prefix for prefix in needed if prefix != "gradient.")
     wanted = {name: torch.zeros(()) for name in values if name.startswith(numbers)}
+    average = values.get("total.x0_average")  # [C, T, H, W], of the drawn length
+    if "total.x0_average" in wanted and average is not None and average.ndim == 4:
+        wanted["total.x0_average"] = average.float()
     if rows:
         wanted |= {f"gradient.{k}": p for k, p in named.items() if f"gradient.{k}" in values}
     if videos is not None:
