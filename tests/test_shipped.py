@@ -69,6 +69,25 @@ CAUSAL = {
 }
 
 
+RECOMMENDED = {
+    "dmd.generator_update_interval": 5,
+    "dmd.timestep_shift": 5.0,
+    "dmd.ts_schedule": False,
+    "dmd.real_score_guidance_scale": 4.0,  # cond + 3 (cond - uncond)
+    "student.kind": "lora",
+    "student.rank": 128,
+    "student.alpha": 128,
+    "fake_score.rank": 128,
+    "fake_score.alpha": 128,
+    "optimizer.lr": 1e-5,
+    "optimizer.betas": (0.0, 0.999),
+    "fake_score.lr": 2e-6,
+    "fake_score.betas": (0.0, 0.999),
+    "ema.warmup": True,
+    "train.gradient_accumulation": 8,
+}
+
+
 def value_of(config, key: str):
     group, field = key.split(".")
     return getattr(getattr(config, group), field)
@@ -80,11 +99,19 @@ def test_every_shipped_config_loads(file):
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("wan_3step", QUICKSTART | CAUSAL), ("wan_3step_bidirectional", QUICKSTART)]
+    ("name", "values"),
+    [
+        ("wan_3step", QUICKSTART | CAUSAL),
+        ("wan_3step_bidirectional", QUICKSTART),
+        ("wan_3step_recommended", RECOMMENDED),
+        ("wan_3step_causal_recommended", RECOMMENDED | {"rollout.causal": True, "warmup.kind": "ode_regression"}),
+        ("wan_14b_single_gpu", RECOMMENDED),
+    ],
 )
-def test_quickstart_values(name, values):
+def test_shipped_values(name, values):
     config = load(CONFIGS / f"{name}.yaml")
     assert {key: value_of(config, key) for key in values} == values
+    assert config.student_updates <= (1000 if values["dmd.generator_update_interval"] == 5 else 4000)
     assert config.data.negative_prompt.startswith("色调艳丽") and config.data.negative_prompt.endswith("倒着走")
     assert config.validation.negative_prompt == config.data.negative_prompt
 
@@ -108,4 +135,4 @@ def test_score_timesteps_that_no_step_could_draw_are_refused_before_a_model_is_l
         app, ["fit", str(CONFIGS / "wan_tiny.yaml"), "--dry-run", "--output-dir", str(tmp_path / "run"), *args]
     )
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    assert "dmd.min_score_timestep" in result.stderr and "no integer in [600, 522)" in result.stderr
+    assert "dmd.min_score_timestep" in result.stderr and "no integer in [600, 509) before the shift" in result.stderr

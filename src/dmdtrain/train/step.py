@@ -127,7 +127,7 @@ def check_score_ranges(config: Config, timesteps: list[float]) -> None:
             score_range(config, timesteps, exit_step)
         except ValueError as error:
             raise ConfigError(
-                f"dmd.min_score_timestep, ts_schedule, ts_schedule_max: {error} for the student's step at "
+                f"dmd.min_score_timestep, ts_schedule, ts_schedule_max: {error} before the shift for the student's step at "
                 f"{timestep:g}; valid bounds leave at least one"
             ) from None
 
