@@ -724,7 +724,7 @@ class Alarms(Group):
     """Share of the flow's variance that the fake score may leave unexplained of late (its loss over that variance; 1: it knows
     nothing); 0: off."""
     diversity: Annotated[float, Field(ge=0, lt=1)] = 0.6
-    """Share of what it was at first below which the distance between the videos of a batch (of 2 or more), and of what it was
+    """Share of what it was at first below which the distance between the videos of an update (of 2 or more), and of what it was
     in the first validation below which that between its prompts, must not fall; 0: off."""
     saturation: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of a validation's colour values that may be black or full (within 1 %), beyond the first validation's; 0: off."""
