@@ -241,7 +241,7 @@ NO_MEANING: list[tuple[str, str]] = [
         """tracker_* custom_tracker webhook_* logging_dir merge_environment_config""",
         "metrics go to OUTPUT_DIR/metrics.jsonl, TensorBoard, log.wandb and log.webhook",
     ),
-    ("""lora_format""", "export-lora has --format diffusers and comfyui"),
+    ("""lora_format""", "export-lora writes Wan's own names, which all read, or --format diffusers"),
     (
         """ignore_final_epochs strict_epoch_limit lr_num_cycles lr_power lr_scale lr_scale_sqrt""",
         "train.max_steps and schedule decide",
