@@ -360,7 +360,7 @@ def test_values(theirs, changes, ours, value):
         ({"num_processes": 2, "gradient_accumulation_steps": "x"}, "multiply train.gradient_accumulation by it"),
         ({"lr_scale": True, "train_batch_size": "x"}, "lr_scale = true: set optimizer.lr to the scaled rate"),
         (
-            {"resolution": ..., "resolution_type": "area"},
+            {"resolution": ..., "resolution_type": "area", "data_backend_config": ...},
             "resolution = 1024 (area) (their default): set data.resolution",
         ),
         ({"resolution_type": "edge"}, 'resolution_type = "edge": valid are pixel_area, pixel, area'),
@@ -701,7 +701,7 @@ def test_the_length_of_clips_is_trained_where_it_is_the_smaller(theirs, clips):
         None, "--bidirectional", dataset=[first, BACKENDS[0] | {"id": "b", "num_frames": 49}]
     )
     assert config.rollout.num_training_frames == 13
-    says = "-> rollout.num_training_frames = 13 (clips of 13 latent frames are what SimpleTuner trains, not 21)"
+    says = "-> rollout.num_training_frames = 13 (SimpleTuner trains what clips have, here 13 latent frames, and not 21)"
     for key in ("dataset a.video.num_frames = 33", "dataset b.num_frames = 49"):
         assert f"{key} {says}" in lists["translated"]
     assert "dataset a.num_frames = 121: video.num_frames says it" in lists["has no meaning here"]

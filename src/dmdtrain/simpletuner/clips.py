@@ -62,10 +62,7 @@ def complete_clips(made: Translation, sets: list[ClipSet]) -> None:
 def _cache(made: Translation, key: str, value: Any, source: str) -> None:
     there, note = made.values.get("data.cache_dir"), "of text embeddings and latents"
     if key == "cache_dir_vae" and isinstance(value, str):
-        value, note = (
-            str(Path(value).parent / "dmdtrain"),
-            f"{note}: beside those of SimpleTuner, which hold latents alone",
-        )
+        value, note = str(Path(value).parent / "dmdtrain"), f"{note}: beside SimpleTuner's, which is for latents alone"
     if there is None or there == value:
         made.put("data.cache_dir", value, source, note)
     else:

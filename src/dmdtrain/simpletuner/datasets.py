@@ -158,11 +158,10 @@ def _training_length(made: Translation, lengths: dict[str, int]) -> None:
     length = f"{frames} latent frames"
     if type(frames) is int:
         length += f", {1 + VAE_TEMPORAL_FACTOR * (frames - 1)} video frames"
+    why = f"SimpleTuner trains what clips have, here {longest} latent frames, and not {frames}"
     for source in lengths:
         if shorter:
-            made.put(
-                ours, longest, source, f"clips of {longest} latent frames are what SimpleTuner trains, not {frames}"
-            )
+            made.put(ours, longest, source, why)
         else:
             made.say(NO_MEANING, source, f"rollout.num_training_frames is the length that is trained: {length}")
 
@@ -279,11 +278,8 @@ def _resolution(made: Translation, source: str, value: Any, kind: Any) -> None:
 
 def _size(value: Any, kind: Any) -> tuple[int | str, str] | None:
     """Our resolution for theirs, and what there is to say of it; None where it is none."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 < value < (100 if kind == "area" else 16384)
-    ):
+    most = 100 if kind == "area" else 16384  # megapixels, pixels
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
         return None
     if kind == "pixel":
         return f"{16 * round(value * 16 / 9 / 16)}x{16 * round(value / 16)}", "the shorter edge, in 16:9"

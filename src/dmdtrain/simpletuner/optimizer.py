@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,11 +68,7 @@ def _settings(made: Translation, value: Any, source: str) -> None:
     elif _deepspeed(made):
         made.say(NO_MEANING, source, "SimpleTuner does not read it under DeepSpeed")
     elif not settings or not settings.keys() <= {"weight_decay", "eps"}:
-        made.say(
-            REFUSED,
-            source,
-            "only eps and weight_decay can be read: set optimizer.eps, weight_decay and betas in the YAML",
-        )
+        made.say(REFUSED, source, "only eps and weight_decay can be read: set optimizer.eps, weight_decay and betas")
     else:
         for name, number in settings.items():
             made.put(f"optimizer.{name}", _number(number), source)
@@ -128,21 +125,15 @@ def complete_optimizer(made: Translation) -> None:
 
 
 def _scale(made: Translation, sizes: list[Any]) -> None:
+    """lr_scale. sizes: whose product is the number of videos of a step."""
     rate = made.values.get("optimizer.lr")
-    for key in ("lr_scale", "lr_scale_sqrt"):
-        if key not in made.given:
-            continue
-        if not all(type(size) is int for size in sizes) or type(rate) not in (int, float):
+    for key in [key for key in ("lr_scale", "lr_scale_sqrt") if key in made.given]:
+        if all(type(size) is int for size in sizes) and isinstance(rate, int | float):
+            factor = math.prod(sizes) ** (0.5 if made.given.get("lr_scale_sqrt") is True else 1)
+            why = f"{rate} x {factor:g}: SimpleTuner scales it by the videos of a step"
+            made.put("optimizer.lr", rate * factor, made.source(key), why)
+        else:
             made.say(REFUSED, made.source(key), "set optimizer.lr to the scaled rate")
-            continue
-        factor = sizes[0] * sizes[1] * sizes[2]
-        factor = factor**0.5 if made.given.get("lr_scale_sqrt") is True else factor
-        made.put(
-            "optimizer.lr",
-            rate * factor,
-            made.source(key),
-            f"{rate} x {factor:g}: SimpleTuner scales it by the videos of a step",
-        )
 
 
 HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
