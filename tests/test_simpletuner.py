@@ -245,6 +245,9 @@ ADAMW = {"name": "adamw_bf16", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay
         ({"lr_end": 1e-7}, "schedule.min_lr", 1e-7),
         ({"ema_validation": "comparison"}, "ema.validate_with", "both"),
         ({"use_ema": False}, "ema.validate_with", "raw"),
+        ({"ema_warmup_steps": 0}, "ema.warmup", True),
+        ({"ema_warmup_steps": 200}, "ema.warmup", False),
+        ({"ema_warmup_steps": "200", "use_ema": False}, "ema.warmup", True),
         ({"use_ema": "false"}, "ema.enabled", False),
         ({"use_ema": ...}, "ema.enabled", False),
         ({"learning_rate": ...}, "optimizer.lr", 4e-7),
@@ -744,6 +747,30 @@ def test_text_of_theirs_can_not_leave_a_comment(theirs, tmp_path):
     odd = {"evil\nmodel: {base: x}": "\u2028train: 5", "\x85key": "\ud800"}
     lists, config = theirs.imported(odd, code=1)
     assert len(lists["refused"]) == 2 and config.model.base == QUICKSTART["pretrained_model_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        (
+            {},
+            "use_ema = true -> ema.enabled = true, ema.warmup = true (min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner"
+            "; n counts steps there, updates of the average here)",
+        ),
+        (
+            {"ema_update_interval": 1},
+            "use_ema = true -> ema.enabled = true, ema.warmup = true (min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner)",
+        ),
+        (
+            {"ema_warmup_steps": 200},
+            "ema_warmup_steps = 200 -> ema.warmup = false (SimpleTuner copies the weights until step 200, then holds the "
+            "decay; here it holds from the start)",
+        ),
+    ],
+)
+def test_how_the_average_starts_is_told(theirs, changes, row):
+    lists, _ = theirs.imported(changes)
+    assert row in lists["translated"]
 
 
 def test_guidance_of_a_student_is_told(theirs, tmp_path):

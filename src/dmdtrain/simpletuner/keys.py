@@ -123,6 +123,20 @@ def _use_ema(made: Translation, value: Any, source: str) -> None:
     made.put("ema.enabled", value, source)
     if value is False:
         made.put("ema.validate_with", "raw", source)
+    elif not is_on(made.given.get("ema_warmup_steps")):
+        interval = made.given.get("ema_update_interval", 1)
+        counted = "" if interval == 1 else "; n counts steps there, updates of the average here"
+        made.put("ema.warmup", True, source, f"min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner{counted}")
+
+
+def _ema_warmup(made: Translation, value: Any, source: str) -> None:
+    if made.given.get("use_ema", False) is not True:
+        made.say(NO_MEANING, source, "use_ema is off")
+    elif is_on(value):
+        why = f"SimpleTuner copies the weights until step {value}, then holds the decay; here it holds from the start"
+        made.put("ema.warmup", False, source, why)
+    else:
+        made.say(SAME, source, "the decay ramps up: ema.warmup")
 
 
 def _ema_setting(key: str) -> Callable[[Translation, Any, str], None]:
@@ -310,6 +324,7 @@ HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
     "lr_warmup_steps": _warmup_steps,
     "use_ema": _use_ema,
     "ema_decay": _ema_setting("ema_decay"),
+    "ema_warmup_steps": _ema_warmup,
     "ema_update_interval": _ema_setting("ema_update_interval"),
     "ema_validation": _ema_setting("ema_validation"),
     "report_to": _report,

@@ -66,7 +66,15 @@ COPY: dict[str, tuple[str, ...]] = {
 # Numbers that are not in COPY, and texts that may be the words true and false.
 NUMBERS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "optimizer_beta1", "optimizer_beta2", "lr_end"),
-    *("num_processes", "context_parallel_size", "resolution", "minimum_image_size", "num_train_epochs", "lora_dropout"),
+    *(
+        "num_processes",
+        "context_parallel_size",
+        "ema_warmup_steps",
+        "resolution",
+        "minimum_image_size",
+        "num_train_epochs",
+        "lora_dropout",
+    ),
     *(f"dataset.{key}" for key in ("resolution", "minimum_image_size", "repeats", "probability")),
 )
 TEXTS = ("validation_prompt", "validation_negative_prompt", "instance_prompt")
@@ -294,7 +302,6 @@ NO_MEANING: list[tuple[str, str]] = [
         disable_segmented_timestep_sampling""",
         "the noise levels of DMD are dmd's: denoising_steps, timestep_shift, ts_schedule",
     ),
-    ("""ema_warmup_steps""", "ema.decay holds from the first update"),
     (
         """freeze_* layer_freeze_strategy text_encoder_* save_text_encoder t5_padding data_aesthetic_score
         instance_prompt parquet_* audio_* pretrained_gemma_* qwen_* prodigy_steps""",
