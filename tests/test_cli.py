@@ -557,7 +557,7 @@ def test_a_manifest_that_is_none(ckpt, tmp_path, text):
         (["export-lora", "--out", "OUT.bin"], ["--out: ", "OUT.bin: the name must end in .safetensors"]),
         (
             ["export-lora", "--out", "OUT.safetensors", "--format", "kohya"],
-            ["--format: kohya: valid are diffusers, comfyui"],
+            ["--format: kohya: valid are original (or comfyui, the same), diffusers"],
         ),
         (["export-lora", "--out", "OUT.safetensors", "--weights", "mean"], ["--weights: mean: valid are ema, raw"]),
         (["export-lora", "--out", "TAKEN.safetensors"], ["--out: ", "TAKEN.safetensors exists; choose another name"]),

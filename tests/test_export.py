@@ -9,21 +9,21 @@ import re
 import pytest
 import torch
 import yaml
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dmdtrain.cli import app
 from dmdtrain.config import ConfigError, build
-from dmdtrain.export import comfyui_name, lora_tensors, stock_scheduler, write_lora
+from dmdtrain.export import comfyui_sampling, lora_tensors, original_name, stock_scheduler, write_lora
 from dmdtrain.flow import shift_timestep
 from dmdtrain.train import setup
 from dmdtrain.train.render import Renderer
 
 PROMPT, SEED = "a blue cat sleeps on grass", 11
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
-COMFYUI = {  # the layers of a block -> their names in the original Wan
+ORIGINAL = {  # the layers of a block -> their names in the original Wan
     "attn1.to_q": "self_attn.q",
     "attn1.to_k": "self_attn.k",
     "attn1.to_v": "self_attn.v",
@@ -109,10 +109,14 @@ def assert_same_video(ours, theirs) -> None:
 def test_stock_pipeline_makes_the_same_video(train, wan_folder, tmp_path):
     ckpt = train()
     ours = our_video(ckpt, "ema")
-    for file_format in ("diffusers", "comfyui"):
+    for file_format in ("diffusers", "default"):
         file = tmp_path / "out" / f"{file_format}.safetensors"
-        output = run_cli("export-lora", "--ckpt", ckpt, "--out", file, "--format", file_format)
+        chosen = () if file_format == "default" else ("--format", file_format)
+        output = run_cli("export-lora", "--ckpt", ckpt, "--out", file, *chosen)
         assert "1000, 757, 522 (num_inference_steps=3, guidance_scale=1.0)" in output.replace("\n", " ")
+        assert "with another number of steps it walks others, which were never trained" in output
+        assert ("only Diffusers reads it" in output) == (file_format == "diffusers")
+        assert ("in ComfyUI: sampler lcm, CFG 1, sigmas 1.0, 0.757, 0.522, 0.0\n" in output) == (not chosen)
         assert_same_video(ours, stock_video(wan_folder, tmp_path / "out" / f"{file_format}_scheduler", file))
     assert ours[1].shape == (1, 3, NUM_FRAMES, HEIGHT, WIDTH)
     # Neither the LoRA nor the scheduler is idle.
@@ -136,7 +140,7 @@ def test_files_hold_the_trained_weights_and_how_to_sample_them(train, wan_folder
     ckpt = train()
     files = {}
     for weights in ("raw", "ema"):
-        for file_format in ("diffusers", "comfyui"):
+        for file_format in ("diffusers", "original"):
             file = files[weights, file_format] = tmp_path / f"{weights}-{file_format}.safetensors"
             run_cli("export-lora", "--ckpt", ckpt, "--out", file, "--weights", weights, "--format", file_format)
     assert not list(tmp_path.glob(".*.partial"))
@@ -150,17 +154,19 @@ def test_files_hold_the_trained_weights_and_how_to_sample_them(train, wan_folder
             factor = 8 / 4 if ".lora_B." in key else 1
             torch.testing.assert_close(exported[f"transformer.{key}"], value * factor, rtol=0, atol=0)
             assert value.abs().max() > 0.01
-        original = load_file(files[weights, "comfyui"])
+        original = load_file(files[weights, "original"])
         assert len(original) == len(exported)
         for key, value in exported.items():
             block, module, part = re.fullmatch(r"transformer\.(blocks\.[01])\.(.*)\.(lora_[AB]\.weight)", key).groups()
-            assert torch.equal(original[f"diffusion_model.{block}.{COMFYUI[module]}.{part}"], value)
+            assert torch.equal(original[f"diffusion_model.{block}.{ORIGINAL[module]}.{part}"], value)
 
     raw, ema = (load_file(files[w, "diffusers"]) for w in ("raw", "ema"))
     assert any(not torch.equal(raw[key], ema[key]) for key in raw)
     run_cli("export-lora", "--ckpt", ckpt, "--out", tmp_path / "default.safetensors")
-    default = load_file(tmp_path / "default.safetensors")
-    assert all(torch.equal(default[key], ema[key]) for key in ema)
+    run_cli("export-lora", "--ckpt", ckpt, "--out", tmp_path / "comfyui.safetensors", "--format", "comfyui")
+    for same in ("default", "comfyui"):
+        found = load_file(tmp_path / f"{same}.safetensors")
+        assert found.keys() == original.keys() and all(torch.equal(found[key], original[key]) for key in original)
 
     for file in files.values():
         with safe_open(file, "pt") as opened:
@@ -168,6 +174,7 @@ def test_files_hold_the_trained_weights_and_how_to_sample_them(train, wan_folder
         assert metadata["base_model"] == str(wan_folder)
         assert ast.literal_eval(metadata["timesteps"]) == [1000.0, 757.0, 522.0]
         assert float(metadata["guidance_scale"]) == 1.0
+        assert metadata["comfyui"] == "sampler lcm, CFG 1, sigmas 1.0, 0.757, 0.522, 0.0"
         sampling = json.loads(metadata["dmdtrain"])
         assert sampling["sigmas"] == [1.0, 0.757, 0.522]
         assert sampling["max_sequence_length"] == 8
@@ -178,6 +185,7 @@ def test_steps_that_no_stock_scheduler_walks(train, tmp_path):
     ckpt = train(denoising_steps=[900, 500])
     output = run_cli("export-lora", "--ckpt", ckpt, "--out", tmp_path / "lora.safetensors")
     assert "no stock scheduler configuration gives the timesteps 900, 500: none was written" in output
+    assert "in ComfyUI: no sampler there starts from whole noise at sigma 0.9" in output
     assert (tmp_path / "lora.safetensors").exists()
     assert not (tmp_path / "lora_scheduler").exists()
 
@@ -185,10 +193,12 @@ def test_steps_that_no_stock_scheduler_walks(train, tmp_path):
 def test_a_causal_student_gets_no_scheduler(train, tmp_path):
     """The stock pipeline denoises all frames at once: it would sample something else."""
     output = run_cli("export-lora", "--ckpt", train(causal=True), "--out", tmp_path / "lora.safetensors")
-    assert "a causal student is sampled block by block" in output
+    assert "a causal student is sampled block by block" in output and "export-pipeline writes one" in output
+    assert "in ComfyUI: no sampler there makes videos block by block" in output
     assert not (tmp_path / "lora_scheduler").exists()
     with safe_open(tmp_path / "lora.safetensors", "pt") as opened:
         sampling = json.loads(opened.metadata()["dmdtrain"])
+        assert "block by block" in opened.metadata()["comfyui"]
     assert (sampling["causal"], sampling["num_frame_per_block"]) == (True, 3)
 
 
@@ -202,26 +212,36 @@ def test_a_windowed_student_says_how_it_is_sampled(settings):
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize("module", COMFYUI)
-def test_comfyui_names(module):
+@pytest.mark.parametrize("module", ORIGINAL)
+def test_original_names(module):
     for number in (0, 29):
-        assert comfyui_name(f"blocks.{number}.{module}") == f"blocks.{number}.{COMFYUI[module]}"
+        assert original_name(f"blocks.{number}.{module}") == f"blocks.{number}.{ORIGINAL[module]}"
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["proj_out", "condition_embedder.time_embedder.linear_1", "blocks.0.attn1.norm_q", "to_q", "xblocks.0.ffn.net.2"],
-)
-def test_modules_that_comfyui_has_no_name_for(module):
-    with pytest.raises(ConfigError, match=rf"^--format: comfyui: .*{re.escape(module)}; valid is diffusers$"):
-        comfyui_name(module)
+def test_every_linear_layer_has_an_original_name_that_diffusers_reads(wan_folder):
+    transformer = WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
+    weights = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            weights[f"{name}.lora_A.weight"] = torch.randn(2, layer.in_features)
+            weights[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, 2)
+    assert {"proj_out.lora_A.weight", "condition_embedder.time_proj.lora_B.weight"} < set(weights)
+    read = WanPipeline.lora_state_dict(lora_tensors(weights, 0.5, "original"))
+    wanted = lora_tensors(weights, 0.5, "diffusers")
+    assert read.keys() == wanted.keys() and all(torch.equal(read[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("module", ["norm_out", "blocks.0.attn1.norm_q", "to_q", "xblocks.0.ffn.net.2"])
+def test_modules_that_have_no_original_name(module):
+    with pytest.raises(ConfigError, match=rf"^--format: original: .*{re.escape(module)}; valid is diffusers$"):
+        original_name(module)
     assert list(lora_tensors({f"{module}.lora_A.weight": torch.ones(2, 3)}, 1.0, "diffusers"))
 
 
 def test_alpha_over_rank_is_folded_into_b_alone():
     a, b = torch.randn(2, 5), torch.randn(3, 2).bfloat16()
     weights = {"blocks.0.attn1.to_q.lora_A.weight": a, "blocks.0.attn1.to_q.lora_B.weight": b}
-    exported = lora_tensors(weights, 0.5, "comfyui")
+    exported = lora_tensors(weights, 0.5, "original")
     assert torch.equal(exported["diffusion_model.blocks.0.self_attn.q.lora_A.weight"], a)
     assert torch.equal(exported["diffusion_model.blocks.0.self_attn.q.lora_B.weight"], b.float() * 0.5)
     assert all(t.dtype == torch.float32 for t in exported.values())
@@ -231,7 +251,7 @@ def test_files_are_not_overwritten(tmp_path):
     weights = {"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 3)}
     sampling = {"base_model": "m", "timesteps": [1000.0], "guidance_scale": 1.0}
     file = tmp_path / "below" / "lora.safetensors"
-    with pytest.raises(ConfigError, match=r"^--format: kohya: valid are diffusers, comfyui$"):
+    with pytest.raises(ConfigError, match=r"^--format: kohya: valid are original \(or comfyui, the same\), diffusers$"):
         write_lora(file, weights, 1.0, "kohya", sampling)
     write_lora(file, weights, 1.0, "diffusers", sampling)
     before = file.read_bytes()
@@ -239,6 +259,18 @@ def test_files_are_not_overwritten(tmp_path):
         write_lora(file, {k: v * 2 for k, v in weights.items()}, 1.0, "diffusers", sampling)
     assert file.read_bytes() == before
     assert [f.name for f in file.parent.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "says"),
+    [
+        ([1000.0, 900.0, 750.0, 500.0], "sampler lcm, CFG 1, sigmas 1.0, 0.9, 0.75, 0.5, 0.0"),
+        ([1000], "sampler lcm, CFG 1, sigmas 1.0, 0.0"),
+        ([1000, 10000 / 11], "sampler lcm, CFG 1, sigmas 1.0, 0.9090909, 0.0"),
+    ],
+)
+def test_the_sigmas_for_comfyui_are_the_students_own(timesteps, says):
+    assert comfyui_sampling({"timesteps": timesteps, "causal": False}) == says
 
 
 SELF_FORCING = [1000.0, 750.0, 500.0, 250.0]

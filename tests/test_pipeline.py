@@ -325,6 +325,7 @@ def test_the_folder_holds_all_that_a_call_needs(exported, wan_folder, name):
     assert ", ".join(f"{t:g}" for t in said["timesteps"]) in readme
     assert ("num_inference_steps=3, guidance_scale=1.0" in readme) == (name in STOCK)
     assert ("trust_remote_code=True" in readme) != (name in STOCK)
+    assert ("with any other number the scheduler walks timesteps that were never trained" in readme) == (name in STOCK)
 
 
 def test_the_written_source_needs_no_dmdtrain(exported):

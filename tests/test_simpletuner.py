@@ -95,6 +95,7 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
             update={
                 "warmup": shipped.warmup,  # theirs has none
                 "ema": shipped.ema,  # theirs does not set the decay
+                "optimizer": shipped.optimizer,  # there the eps of adamw_bf16 is 1e-6
                 "validation": shipped.validation,  # with the library's prompts
                 "data": config.data.model_copy(update={"cache_dir": None, "prompts": shipped.data.prompts}),
             }
@@ -102,6 +103,7 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
         == shipped
     )
     assert config.warmup.kind == "ode_regression" and config.ema == shipped.ema.model_copy(update={"decay": 0.995})
+    assert config.optimizer == shipped.optimizer.model_copy(update={"eps": 1e-6})
     assert config.data.cache_dir == "cache/wan-dmd"
     unowned = [
         row.partition(" = ")[0] for row in lists["has no meaning here"] if "set hub.model_id to NAME/REPO" in row
@@ -115,9 +117,31 @@ def test_the_quickstart_is_the_shipped_configuration(theirs):
 def test_every_key_ends_in_exactly_one_list(theirs):
     lists, _ = theirs.imported()
     told = [row.partition(" = ")[0] for rows in lists.values() for row in rows if "(their default)" not in row]
-    wanted = keys(QUICKSTART) + [f"dataset 0.{key}" for key in DATASET if key != "resolution_type"]
-    wanted.remove("resolution_type")  # told with the resolution
-    assert sorted(told) == sorted(wanted)
+    assert sorted(told) == sorted(keys(QUICKSTART) + [f"dataset 0.{key}" for key in DATASET])
+
+
+@pytest.mark.parametrize("kind", ["value", "another value", "null", "old name"])
+def test_every_known_key_is_spelled_in_the_report(theirs, kind):
+    """Also under an older name, and as one that a pattern stands for."""
+    values = {}
+    for key in [*known(), "fsdp_x", "deepspeed_y", "crepa_z", "new_way_enabled"]:
+        old = key in tables.ALIASES
+        if key.startswith(("dataset.", "distillation_config")) or (old and kind != "old name"):
+            continue
+        values[key] = {"null": None, "another value": 2}.get(kind, QUICKSTART.get(tables.ALIASES.get(key, key), True))
+        if old:
+            values.pop(tables.ALIASES[key], None)
+    inner = [key.partition(".")[2] for key in known() if key.startswith("distillation_config.")]
+    inner = {key: None if kind == "null" else QUICKSTART["distillation_config"].get(key, 0) for key in inner}
+    needed = ("model_family", "distillation_method", "pretrained_model_name_or_path")
+    values |= {key: QUICKSTART[key] for key in needed} | {"distillation_config": inner}
+    if kind == "old name":
+        values |= {old: values.pop(new, 1) for old, new in tables.ALIASES.items()}
+    theirs.write(dict.fromkeys(QUICKSTART, ...) | values)
+    rows = [row for found in theirs.lists(code=0 if kind == "null" else 1).values() for row in found]
+    told = [row.partition(" = ")[0] for row in rows if "(their default)" not in row]
+    assert not set(keys(values)) - set(told)
+    assert not any("unknown key" in row for row in rows)
 
 
 def test_what_is_written_is_short_and_says_why(theirs, tmp_path):
@@ -205,6 +229,9 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
     assert {f"distillation_config.{key}" for key in tables.BLOCKS} <= told
 
 
+ADAMW = {"name": "adamw_bf16", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+
 @pytest.mark.parametrize(
     ("changes", "ours", "value"),
     [
@@ -218,6 +245,9 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ({"lr_end": 1e-7}, "schedule.min_lr", 1e-7),
         ({"ema_validation": "comparison"}, "ema.validate_with", "both"),
         ({"use_ema": False}, "ema.validate_with", "raw"),
+        ({"ema_warmup_steps": 0}, "ema.warmup", True),
+        ({"ema_warmup_steps": 200}, "ema.warmup", False),
+        ({"ema_warmup_steps": "200", "use_ema": False}, "ema.warmup", True),
         ({"use_ema": "false"}, "ema.enabled", False),
         ({"use_ema": ...}, "ema.enabled", False),
         ({"learning_rate": ...}, "optimizer.lr", 4e-7),
@@ -225,7 +255,38 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ({"train_batch_size": ...}, "train.batch_size", 4),
         ({"lora_rank": 64, "lora_alpha": None}, "student.alpha", 64),
         ({"lora_rank": 64}, "fake_score.rank", 64),
-        ({"adam_beta1": 0.0}, "optimizer.betas", (0.0, 0.999)),
+        ({"adam_beta1": 0.0, "optimizer_beta1": 0.5}, "optimizer.betas", (0.5, 0.999)),
+        ({"adam_beta1": 0.0, "adam_epsilon": 1e-3, "adam_weight_decay": 0.5}, "optimizer", ADAMW | {"eps": 1e-6}),
+        ({"adam_beta1": "0.5", "adam_epsilon": 1e-3, "deepspeed_config": "ds.json"}, "optimizer.betas", (0.5, 0.999)),
+        ({"adam_weight_decay": 0.5, "deepspeed_config": "ds.json"}, "optimizer", ADAMW | {"weight_decay": 0.5}),
+        ({"optimizer": "torch-adamw"}, "optimizer", ADAMW | {"name": "adamw"}),
+        ({"optimizer": "bnb-adamw"}, "optimizer", ADAMW | {"name": "adamw", "eps": 1e-6}),
+        ({"optimizer": ...}, "optimizer", ADAMW | {"eps": 1e-6}),
+        ({"optimizer": "ao-adamw8bit"}, "optimizer", ADAMW | {"name": "adamw8bit", "eps": 1e-6}),
+        (
+            {"optimizer": "optimi-adamw"},
+            "optimizer",
+            ADAMW | {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0},
+        ),
+        ({"optimizer": "optimi-adamw", "optimizer_beta1": 0.5}, "optimizer.betas", (0.5, 0.99)),
+        (
+            {"optimizer_config": "weight_decay=0.0,eps=1e-8", "optimizer_beta1": 0.5},
+            "optimizer",
+            ADAMW | {"weight_decay": 0.0},
+        ),
+        ({"num_processes": 8}, "train.gradient_accumulation", 8),
+        ({"num_processes": "8", "gradient_accumulation_steps": 3}, "train.gradient_accumulation", 24),
+        ({"num_processes": 8, "context_parallel_size": 4}, "train.gradient_accumulation", 2),
+        ({"num_processes": 1}, "train.gradient_accumulation", 1),
+        ({"num_processes": 2, "lr_scale": True, "train_batch_size": 2}, "optimizer.lr", 8e-5),
+        ({"num_processes": 4, "lr_scale": True, "lr_scale_sqrt": True}, "optimizer.lr", 4e-5),
+        ({"lr_scheduler": "linear", "lr_end": 1e-7}, "schedule.min_lr", 0),
+        ({"learning_rate": None}, "optimizer.lr", 4e-7),
+        ({"model_type": ..., "base_model_precision": ...}, "student.kind", "full"),
+        ({"fsdp_enable": None, "validation_preview": None}, "train.seed", 1000),
+        ({"distillation_config": None}, "dmd.denoising_steps", [1000, 757, 522]),
+        (distil(dmd_denoising_steps=[1000, 757, 522, 0]), "dmd.denoising_steps", [1000, 757, 522]),
+        (distil(dmd_denoising_steps="1000, 757,522,0"), "dmd.denoising_steps", [1000, 757, 522]),
         ({"optimizer_beta2": 0.99}, "optimizer.betas", (0.9, 0.99)),
         ({"report_to": "none"}, "log.tensorboard", False),
         ({"report_to": "tensorboard"}, "log.tensorboard", True),
@@ -239,6 +300,7 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         ({"push_to_hub": False, "hub_model_id": "me/fox", "push_checkpoints_to_hub": True}, "hub.model_id", None),
         ({"hub_model_id": "fox"}, "hub.model_id", None),
         ({"validation_disable": True}, "validation.every", 0),
+        ({"validation_step_interval": ..., "validation_disable": True}, "validation.every", 0),
         ({"checkpoint_step_interval": ..., "checkpointing_steps": 7}, "checkpoint.every", 7),
         ({"output_dir": ..., "--output_dir": "here"}, "output_dir", "here"),
         ({"pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-14B"}, "model.base", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
@@ -258,7 +320,7 @@ def test_a_bidirectional_student_has_no_blocks(theirs):
         (distil(dmd_denoising_steps="1000,666,333"), "dmd.denoising_steps", [1000, 666, 333]),
         ({"validation_num_video_frames": "120"}, "validation.num_frames", 117),
         ({"lora_rank": "64", "lora_alpha": None}, "student.alpha", 64),
-        ({"adam_beta1": "0.5"}, "optimizer.betas", (0.5, 0.999)),
+        ({"optimizer_beta1": "0.5"}, "optimizer.betas", (0.5, 0.999)),
         ({"train_batch_size": "2"}, "train.batch_size", 2),
         (distil(num_frame_per_block="4", num_training_frames="22"), "rollout.num_training_frames", 20),
         (
@@ -285,6 +347,8 @@ def test_values(theirs, changes, ours, value):
     found = config
     for part in ours.split("."):
         found = getattr(found, part)
+    if isinstance(value, dict):
+        found = {key: getattr(found, key) for key in value}
     assert found == value
 
 
@@ -292,6 +356,17 @@ def test_values(theirs, changes, ours, value):
     ("changes", "says"),
     [
         ({"learning_rat": 1}, "learning_rat = 1: unknown key; did you mean learning_rate?"),
+        ({"learning_rat": None}, "learning_rat = null: unknown key; did you mean learning_rate?"),
+        ({"optimizer_config": "amsgrad=True"}, "only eps and weight_decay can be read"),
+        ({"optimizer_config": "eps=small"}, "optimizer.eps: 'small'"),
+        ({"num_processes": "all"}, "multiply train.gradient_accumulation by the number of processes"),
+        ({"num_processes": 2, "gradient_accumulation_steps": "x"}, "multiply train.gradient_accumulation by it"),
+        ({"lr_scale": True, "train_batch_size": "x"}, "lr_scale = true: set optimizer.lr to the scaled rate"),
+        (
+            {"resolution": ..., "resolution_type": "area", "data_backend_config": ...},
+            "resolution = 1024 (area) (their default): set data.resolution",
+        ),
+        ({"resolution_type": "edge"}, 'resolution_type = "edge": valid are pixel_area, pixel, area'),
         ({"zzz": [1]}, "zzz = [1]: unknown key; remove it if it is not yours"),
         (distil(fake_score_lrr=1), "distillation_config.fake_score_lrr = 1: unknown key; did you mean fake_score_lr?"),
         (distil(adversarial_weight=0.1), "adversarial_weight = 0.1: there is no adversarial loss here"),
@@ -319,7 +394,7 @@ def test_values(theirs, changes, ours, value):
         ({"model_type": "full"}, "student.kind: full can not be trained on model.precision int8"),
         ({"validation_num_video_frames": -3}, "validation_num_video_frames = -3: validation.num_frames: -3 frames"),
     ],
-    ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else None,
+    ids=lambda value: json.dumps(value, default=lambda _: "unset")[:50] if isinstance(value, dict) else None,
 )
 def test_what_is_refused_is_told_and_left_out(theirs, tmp_path, changes, says):
     lists, _ = theirs.imported(changes, code=1)
@@ -336,6 +411,10 @@ def test_what_is_refused_is_told_and_left_out(theirs, tmp_path, changes, says):
         (
             {"pretrained_model_name_or_path": ..., "model_flavour": []},
             "pretrained_model_name_or_path: it must name the",
+        ),
+        (
+            {"pretrained_model_name_or_path": ..., "model_flavour": "i2v-14b-2.1"},
+            'model_flavour: "i2v-14b-2.1": dmdtrain does text to video of Wan 2.1 only; valid are t2v-480p-1.3b-2.1, t2v',
         ),
         ({"distillation_method": ...}, "distillation_method: null: dmdtrain only does dmd"),
         ({"pretrained_model_name_or_path": ...}, "pretrained_model_name_or_path: it must name the model"),
@@ -368,6 +447,12 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, text, says):
     refused("import-config", "config.json", says=["config.json" if says != "a JSON object of settings" else "", says])
     refused("import-config", "none.json", says="none.json: no such file")
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", ["config.toml", "config.env"])
+def test_only_config_json_is_read(theirs, name):
+    Path(name).write_text("MODEL_FAMILY=wan")
+    refused("import-config", name, says=f"{name}: of SimpleTuner's configurations only config.json is read")
 
 
 def test_nothing_is_overwritten(theirs, tmp_path):
@@ -461,7 +546,13 @@ def test_captions_that_can_not_be_read_are_left_out_and_counted(theirs, clips, t
         ({"probability": 0.5, "repeats": 2}, "data.videos", [{"path": "clips", "weight": 0.5}]),
         ({"minimum_image_size": 480}, "data.minimum_size", 480),
         ({"minimum_image_size": 0.25, "resolution_type": "area", "resolution": 0.23}, "data.minimum_size", 500),
-        ({"cache_dir_vae": "cache/vae", "cache_dir": ...}, "data.cache_dir", "cache/vae"),
+        ({"cache_dir_vae": "cache/{model_family}/{id}", "cache_dir": ...}, "data.cache_dir", "cache/wan/dmdtrain"),
+        ({"cache_dir": "{output_dir}/cache"}, "data.cache_dir", "output/wan-dmd/cache"),
+        ({"crop": None}, "data.buckets", False),
+        ({"num_frames": None, "video": {"num_frames": None}}, "rollout.num_training_frames", 21),
+        ({"num_frames": 45}, "rollout.num_training_frames", 12),
+        ({"video": {"num_frames": 49}}, "rollout.num_training_frames", 12),
+        ({"video": {"num_frames": 81}}, "rollout.num_training_frames", 21),
         ({"video": {"num_frames": 125, "min_frames": 125, "bucket_strategy": "aspect_ratio"}}, "data.fps", None),
         ({"caption_strategy": "filename"}, "data.videos", None),
     ],
@@ -497,6 +588,7 @@ def test_datasets_by_probability_have_weights_and_without_validation_no_clips(th
         ({"metadata_backend": "parquet"}, "list the clips that shall be used in a metadata.jsonl"),
         ({"repeats": -1}, "dataset clips.repeats = -1: set repeats in data.videos, 1 or more"),
         ({"probability": -1}, "dataset clips.probability = -1: set weight in data.videos, above 0"),
+        ({"num_frames": "long"}, 'num_frames = "long": it is no number of frames'),
         ({"minimum_image_size": "x"}, "dataset clips.minimum_image_size = \"x\": data.minimum_size: 'x'"),
         ({"instance_data_dir": "none"}, 'dataset clips.instance_data_dir = "none": no such folder'),
         ({"instance_data_dir": ""}, "no such folder"),
@@ -558,16 +650,19 @@ def test_what_is_one_for_all_datasets_is_told_in_each_ones_row(theirs, clips):
 AREA = 'resolution_type = "pixel_area"'
 OF_512 = {"resolution": "512", "resolution_type": "pixel_area"}
 PIXEL = {"resolution": ..., "resolution_type": "pixel"}
+NEITHER = {"resolution": ..., "resolution_type": ...}
 
 
 @pytest.mark.parametrize(
     ("changes", "dataset", "row", "wanted"),
     [
-        ({"resolution": ...}, {"resolution": ...}, f"{AREA}: of a resolution, which is not", "832x480"),
+        ({"resolution": ...}, NEITHER, f"{AREA}: read with resolution", 1024),
+        ({"resolution": ...}, NEITHER, "resolution = 1024 (pixel_area) (their default) -> data.resolution", 1024),
+        ({"resolution": ..., "resolution_type": "pixel"}, NEITHER, "1024 (pixel) (their default) ->", "1824x1024"),
         ({"resolution": ...}, {}, f"{AREA}: of the datasets' resolutions", 480),
         ({}, {"resolution": None}, "dataset clips.resolution = null: not set", 480),
         ({}, PIXEL, 'resolution_type = "pixel" (of resolution = 480) -> data', "848x480"),
-        ({"resolution": ...}, {"resolution": ...}, f"dataset clips.{AREA}: of a resolution", "832x480"),
+        ({"resolution": ...}, {"resolution": ...}, f"dataset clips.{AREA} (of resolution = 1024) ->", 1024),
         (OF_512, {"resolution": ..., "resolution_type": ...}, "resolution = 512 (pixel_area) ->", 512),
     ],
 )
@@ -600,6 +695,21 @@ def test_every_key_with_any_value_is_translated_or_refused(theirs, clips, tmp_pa
             assert not out.exists()
         else:
             load(out)
+
+
+def test_the_length_of_clips_is_trained_where_it_is_the_smaller(theirs, clips):
+    """The longest of several sets, and what a set's own video says before what the set says."""
+    first = BACKENDS[0] | {"id": "a", "num_frames": 121, "video": {"num_frames": 33}}
+    lists, config = theirs.imported(
+        None, "--bidirectional", dataset=[first, BACKENDS[0] | {"id": "b", "num_frames": 49}]
+    )
+    assert config.rollout.num_training_frames == 13
+    says = "-> rollout.num_training_frames = 13 (SimpleTuner trains what clips have, here 13 latent frames, and not 21)"
+    for key in ("dataset a.video.num_frames = 33", "dataset b.num_frames = 49"):
+        assert f"{key} {says}" in lists["translated"]
+    assert "dataset a.num_frames = 121: video.num_frames says it" in lists["has no meaning here"]
+    lists, config = theirs.imported(distil(num_training_frames=12), dataset=[first, BACKENDS[0] | {"id": "b"}])
+    assert config.rollout.num_training_frames == 12
 
 
 def test_a_disabled_dataset_is_left(theirs, clips, tmp_path):
@@ -639,8 +749,33 @@ def test_text_of_theirs_can_not_leave_a_comment(theirs, tmp_path):
     assert len(lists["refused"]) == 2 and config.model.base == QUICKSTART["pretrained_model_name_or_path"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        (
+            {},
+            "use_ema = true -> ema.enabled = true, ema.warmup = true (min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner"
+            "; n counts steps there, updates of the average here)",
+        ),
+        (
+            {"ema_update_interval": 1},
+            "use_ema = true -> ema.enabled = true, ema.warmup = true (min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner)",
+        ),
+        (
+            {"ema_warmup_steps": 200},
+            "ema_warmup_steps = 200 -> ema.warmup = false (SimpleTuner copies the weights until step 200, then holds the "
+            "decay; here it holds from the start)",
+        ),
+    ],
+)
+def test_how_the_average_starts_is_told(theirs, changes, row):
+    lists, _ = theirs.imported(changes)
+    assert row in lists["translated"]
+
+
 def test_guidance_of_a_student_is_told(theirs, tmp_path):
-    theirs.imported({"validation_guidance": 5.0})
+    theirs.write({"validation_guidance": 5.0})
+    assert "to do: validation.guidance_scale is 5: is that meant?" in done("import-config", "config/config.json")
     line = next(line for line in (tmp_path / "run.yaml").read_text().splitlines() if "guidance_scale" in line)
     assert line == "  guidance_scale: 5 # the student is trained to be sampled without guidance: 1"
 

@@ -292,10 +292,17 @@ def generate(
 def export_lora(
     ckpt: Ckpt,
     out: Annotated[Path, typer.Option(help="The .safetensors to write; a scheduler folder is put beside it.")],
-    file_format: Annotated[str, typer.Option("--format", help="diffusers or comfyui.")] = "diffusers",
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="original (or comfyui, the same): Wan's own names, read by ComfyUI, DiffSynth-Studio, LightX2V, Wan2GP, SGLang, "
+            "FastVideo and Diffusers. diffusers: its names, read by Diffusers alone.",
+        ),
+    ] = "original",
     weights: Weights = "",
 ) -> None:
-    """Write the student's LoRA and the scheduler that samples it in the stock WanPipeline."""
+    """Write the student's LoRA and the scheduler that samples it in the stock WanPipeline; say how ComfyUI samples it."""
     with _one_line_errors():
         from dmdtrain.train.commands import export_lora as run_export
 

@@ -1,4 +1,4 @@
-"""Export of a trained student: LoRA files for Diffusers and ComfyUI, schedulers, and whole pipelines."""
+"""Export of a trained student: LoRA files, schedulers, and whole pipelines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from dmdtrain.config import ConfigError
 from dmdtrain.files import atomic_folder, save_tensors
 from dmdtrain.models.wan import WanFolder, load_transformer, part_folder
 
-FORMATS = ("diffusers", "comfyui")
+# Formats of a LoRA file by their prefixes. original: the names of Wan's own code, which ComfyUI, the programs around it and
+# Diffusers itself read; diffusers: read by Diffusers alone, the others load nothing of it.
+FORMATS = {"original": "diffusion_model.", "diffusers": "transformer."}
+FORMAT_ALIASES = {"comfyui": "original"}
 TOLERANCE = 0.05  # timesteps, of 1000
 
-# Diffusers' names of Wan's layers -> the original ones, which ComfyUI uses.
-_COMFYUI = [
+# Diffusers' names of Wan's linear layers -> the original ones.
+_ORIGINAL = [
     (r"\.attn1\.to_out\.0$", ".self_attn.o"),
     (r"\.attn2\.to_out\.0$", ".cross_attn.o"),
     (r"\.attn1\.to_([qkv])$", r".self_attn.\1"),
@@ -29,19 +32,37 @@ _COMFYUI = [
     (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
     (r"\.ffn\.net\.2$", ".ffn.2"),
 ]
+_ORIGINAL_OUTSIDE_BLOCKS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+}
 
 
 class StudentError(Exception):
     """A student's weights are of another model."""
 
 
-def comfyui_name(module: str) -> str:
-    """`blocks.3.attn1.to_q` -> `blocks.3.self_attn.q`."""
-    for pattern, replacement in _COMFYUI:
+def original_name(module: str) -> str:
+    """`blocks.3.attn1.to_q` -> `blocks.3.self_attn.q`. ConfigError if no original name is known."""
+    if module in _ORIGINAL_OUTSIDE_BLOCKS:
+        return _ORIGINAL_OUTSIDE_BLOCKS[module]
+    for pattern, replacement in _ORIGINAL:
         renamed, count = re.subn(pattern, replacement, module)
         if count and module.startswith("blocks."):
             return renamed
-    raise ConfigError(f"--format: comfyui: no name is known there for {module}; valid is diffusers")
+    raise ConfigError(f"--format: original: no name is known there for {module}; valid is diffusers")
+
+
+def lora_format(name: str) -> str:
+    """The format that --format names; ConfigError if it names none."""
+    name = FORMAT_ALIASES.get(name, name)
+    if name not in FORMATS:
+        raise ConfigError(f"--format: {name}: valid are original (or comfyui, the same), diffusers")
+    return name
 
 
 def lora_tensors(weights: dict[str, torch.Tensor], scale: float, file_format: str) -> dict[str, torch.Tensor]:
@@ -51,14 +72,14 @@ def lora_tensors(weights: dict[str, torch.Tensor], scale: float, file_format: st
 
     Args:
         weights: `blocks.0.attn1.to_q.lora_A.weight` -> tensor, as checkpoints hold them. scale: alpha / rank.
+        file_format: one of `FORMATS`.
     """
-    prefix = {"diffusers": "transformer.", "comfyui": "diffusion_model."}[file_format]
     tensors = {}
     for key, value in weights.items():
         module, part = key.rsplit(".lora_", 1)
-        name = comfyui_name(module) if file_format == "comfyui" else module
+        name = original_name(module) if file_format == "original" else module
         value = value.float() * scale if part.startswith("B") else value.float()
-        tensors[f"{prefix}{name}.lora_{part}"] = value.contiguous()
+        tensors[f"{FORMATS[file_format]}{name}.lora_{part}"] = value.contiguous()
     return tensors
 
 
@@ -66,15 +87,36 @@ def write_lora(
     file: Path, weights: dict[str, torch.Tensor], scale: float, file_format: str, sampling: dict[str, Any]
 ) -> None:
     """Writes the LoRA; its metadata holds what is needed to sample it. Refuses to overwrite."""
-    if file_format not in FORMATS:
-        raise ConfigError(f"--format: {file_format}: valid are {', '.join(FORMATS)}")
+    file_format = lora_format(file_format)
     if file.exists():
         raise ConfigError(f"--out: {file} exists; choose another name")
     tensors = lora_tensors(weights, scale, file_format)
-    metadata = {"format": "pt", "dmdtrain": json.dumps(sampling)}
+    metadata = {"format": "pt", "dmdtrain": json.dumps(sampling), "comfyui": comfyui_sampling(sampling)}
     metadata |= {k: str(sampling[k]) for k in ("base_model", "timesteps", "guidance_scale")}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(file, tensors, metadata)
+
+
+def comfyui_sampling(sampling: dict[str, Any]) -> str:
+    """How ComfyUI samples a student, or why it cannot.
+
+    Its sampler lcm predicts x0 and noises it again with fresh noise, as the student was trained; its schedules walk other
+    timesteps, so the sigmas are given. It scales the starting noise by the first sigma, which is right at 1 alone.
+    """
+    sigmas = [round(t / 1000, 7) for t in sampling["timesteps"]]
+    if sampling.get("causal"):
+        return "no sampler there makes videos block by block, as this causal student does"
+    if sigmas[0] != 1:
+        return f"no sampler there starts from whole noise at sigma {sigmas[0]}, as this student does"
+    return f"sampler lcm, CFG 1, sigmas {', '.join(map(str, [*sigmas, 0.0]))}"
+
+
+def only_these_steps(number: int) -> str:
+    """What a user of the exported scheduler has to know, in Markdown."""
+    return (
+        f"Keep `num_inference_steps={number}`: with any other number the scheduler walks timesteps that were never trained, "
+        "without a warning. Diffusers has to be 0.34 or newer; 0.33 ignores `stochastic_sampling`."
+    )
 
 
 def stock_scheduler(timesteps: list[float]) -> FlowMatchEulerDiscreteScheduler | None:
@@ -227,4 +269,4 @@ pipe = DiffusionPipeline.from_pretrained({load}, torch_dtype=torch.bfloat16).to(
 video = pipe("a prompt", {call}).frames[0]
 export_to_video(video, "video.mp4", fps=16)
 ```
-"""
+""" + (f"\n{only_these_steps(len(facts['timesteps']))}\n" if stock else "")

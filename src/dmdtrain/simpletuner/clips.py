@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation
@@ -24,7 +25,7 @@ def clip_set(made: Translation, dataset: dict[str, Any]) -> ClipSet | None:
 def translate_clips(made: Translation, clips: ClipSet | None, key: str, value: Any, source: str) -> None:
     """One of `KEYS`."""
     if key in ("cache_dir", "cache_dir_vae"):
-        _cache(made, value, source)
+        _cache(made, key, value, source)
     elif clips is None:
         made.say(
             NO_MEANING, source, "of clips, and no folder of clips with text files is named: prompts alone are used"
@@ -58,10 +59,12 @@ def complete_clips(made: Translation, sets: list[ClipSet]) -> None:
     )
 
 
-def _cache(made: Translation, value: Any, source: str) -> None:
-    there = made.values.get("data.cache_dir")
+def _cache(made: Translation, key: str, value: Any, source: str) -> None:
+    there, note = made.values.get("data.cache_dir"), "of text embeddings and latents"
+    if key == "cache_dir_vae" and isinstance(value, str):
+        value, note = str(Path(value).parent / "dmdtrain"), f"{note}: beside SimpleTuner's, which is for latents alone"
     if there is None or there == value:
-        made.put("data.cache_dir", value, source, "of text embeddings and latents")
+        made.put("data.cache_dir", value, source, note)
     else:
         made.say(NO_MEANING, source, f"data.cache_dir serves all: {there}")
 

@@ -7,19 +7,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError
+from dmdtrain.config import VAE_TEMPORAL_FACTOR, Config, ConfigError, latent_frames
 from dmdtrain.data.videos import VIDEOS
 from dmdtrain.simpletuner import tables
 from dmdtrain.simpletuner.clips import KEYS, VIDEO, ClipSet, clip_set, complete_clips, minimum_size, translate_clips
 from dmdtrain.simpletuner.keys import translate_key
-from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, plain, read_json, shown, source_of
+from dmdtrain.simpletuner.translation import (
+    NO_MEANING,
+    REFUSED,
+    SAME,
+    TRANSLATED,
+    Translation,
+    plain,
+    read_json,
+    shown,
+    source_of,
+)
 
 KINDS = ("pixel_area", "pixel", "area")  # of a resolution
+DEFAULT_RESOLUTION = 1024
 
 
 def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
     """The resolution, the videos, and their captions as prompts."""
     sets = []
+    lengths: dict[str, int] = {}  # what says it -> latent frames of a clip
     others = False  # datasets that say no resolution of their own
     for name, dataset in _read_datasets(made, data):
         if dataset.get("disabled") is True or dataset.get("disable") is True:
@@ -39,9 +51,10 @@ def translate_datasets(made: Translation, data: Path | None, out: Path) -> None:
         made.dataset = name
         others |= not _resolution_of(made, dataset)
         found = clip_set(made, dataset)
-        _videos(made, name, dataset, found)
+        _videos(made, name, dataset, found, lengths)
         sets += [] if found is None else [found]
     made.dataset = ""
+    _training_length(made, lengths)
     _resolution_of_all(made, others)
     complete_clips(made, sets)
     _prompts(made, str(out.with_suffix(".prompts.txt")))
@@ -78,18 +91,44 @@ def _read_datasets(made: Translation, data: Path | None) -> Iterator[tuple[str, 
     if not isinstance(found, list) or not all(isinstance(dataset, dict) for dataset in found):
         raise ConfigError(f"{file}: it must hold a list of datasets")
     for number, dataset in enumerate(found):
-        yield f"dataset {dataset.get('id', number)}", {k: plain(tables.DATASET + k, v) for k, v in dataset.items()}
+        name = f"dataset {number if dataset.get('id') is None else dataset['id']}"
+        known = {key: _filled(made, dataset, value) for key, value in _set(made, name, "", dataset).items()}
+        if isinstance(dataset.get("video"), dict):
+            known["video"] = _set(made, name, "video.", dataset["video"])
+        yield name, {key: plain(tables.DATASET + key, value) for key, value in known.items()}
 
 
-def _videos(made: Translation, name: str, dataset: dict[str, Any], found: ClipSet | None) -> None:
+def _set(made: Translation, name: str, prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Without keys that are null, which are told here."""
+    for key, value in values.items():
+        if value is None:
+            translate_key(made, f"{tables.DATASET}{prefix}{key}", None, f"{name}.{prefix}{key} = null")
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _filled(made: Translation, dataset: dict[str, Any], value: Any) -> Any:
+    """A text with the names in braces that SimpleTuner fills in."""
+    given = made.given | {"id": dataset.get("id") or ""}
+    for name in ("model_family", "output_dir", "id") if isinstance(value, str) else ():
+        value = value.replace(f"{{{name}}}", str(given.get(name, f"{{{name}}}")))
+    return value
+
+
+def _videos(
+    made: Translation, name: str, dataset: dict[str, Any], found: ClipSet | None, lengths: dict[str, int]
+) -> None:
     kind = _kind(made, dataset)
     flat = {key: value for key, value in dataset.items() if key != "video"}
     video = dataset.get("video", {})
     flat |= {f"video.{key}": value for key, value in video.items()} if isinstance(video, dict) else {"video": video}
     for key, value in flat.items():
         source = source_of(f"{name}.{key}", value)
-        if key in ("num_frames", "video.num_frames"):
-            _training_length(made, value, source)
+        if key == "num_frames" and "video.num_frames" in flat:
+            made.say(NO_MEANING, source, "video.num_frames says it")
+        elif key in ("num_frames", "video.num_frames") and type(value) is int and value > 0:
+            lengths[source] = latent_frames(value)
+        elif key in ("num_frames", "video.num_frames"):
+            made.say(REFUSED, source, "it is no number of frames: set rollout.num_training_frames")
         elif key == "instance_data_dir":
             _captions(made, dataset, value, source)
             if found is not None:
@@ -111,12 +150,20 @@ def _videos(made: Translation, name: str, dataset: dict[str, Any], found: ClipSe
             translate_key(made, tables.DATASET + key, value, source)
 
 
-def _training_length(made: Translation, value: Any, source: str) -> None:
-    frames = made.given.get("distillation_config.num_training_frames", 21)
+def _training_length(made: Translation, lengths: dict[str, int]) -> None:
+    """SimpleTuner generates as many frames as a clip has, whatever num_training_frames says: the smaller holds."""
+    ours = "rollout.num_training_frames"
+    longest, frames = max(lengths.values(), default=0), made.values.get(ours, Config().rollout.num_training_frames)
+    shorter = type(frames) is int and longest < frames
     length = f"{frames} latent frames"
-    if isinstance(frames, int):
+    if type(frames) is int:
         length += f", {1 + VAE_TEMPORAL_FACTOR * (frames - 1)} video frames"
-    made.say(NO_MEANING, source, f"rollout.num_training_frames is the length that is trained: {length}")
+    why = f"SimpleTuner trains what clips have, here {longest} latent frames, and not {frames}"
+    for source in lengths:
+        if shorter:
+            made.put(ours, longest, source, why)
+        else:
+            made.say(NO_MEANING, source, f"rollout.num_training_frames is the length that is trained: {length}")
 
 
 def _captions(made: Translation, dataset: dict[str, Any], value: Any, source: str) -> None:
@@ -181,29 +228,34 @@ def _sized(value: Any, kind: Any) -> str:
 def _resolution_of(made: Translation, dataset: dict[str, Any]) -> bool:
     """A dataset's own resolution; whether it says one."""
     source, kind = f"{made.dataset}.resolution", _kind(made, dataset)
-    value = dataset.get("resolution")
-    if value is None and "resolution" in dataset:
-        made.say(SAME, f"{source} = null", "not set")
-    if value is not None:
-        _resolution(made, f"{source} = {_sized(value, kind)}", value, kind)
+    if "resolution" in dataset:
+        _resolution(made, f"{source} = {_sized(dataset['resolution'], kind)}", dataset["resolution"], kind)
+        _resolution_type(made, dataset, f"{made.dataset}.")
     elif "resolution_type" in dataset:
-        source, value = source_of(f"{source}_type", kind), made.given.get("resolution")
-        if value is None:
-            made.say(NO_MEANING, source, "of a resolution, which is not set")
-            return False
-        _resolution(made, f"{source} (of resolution = {shown(value)})", value, kind)
-    return value is not None
+        value = made.given.get("resolution", DEFAULT_RESOLUTION)
+        _resolution(made, f"{source_of(f'{source}_type', kind)} (of resolution = {shown(value)})", value, kind)
+    return "resolution" in dataset or "resolution_type" in dataset
+
+
+def _resolution_type(made: Translation, values: dict[str, Any], name: str = "") -> None:
+    """The row of a resolution_type that stands beside its resolution."""
+    kind = values.get("resolution_type")
+    if kind is not None:
+        valid, otherwise = kind in KINDS, tables.AGREE["resolution_type"][1]
+        which = (SAME if kind == KINDS[0] else TRANSLATED) if valid else REFUSED
+        made.say(which, source_of(f"{name}resolution_type", kind), "read with resolution" if valid else otherwise)
 
 
 def _resolution_of_all(made: Translation, others: bool) -> None:
     """The configuration's resolution, which holds for datasets that say none. others: whether there are such."""
     value, kind, ours = made.given.get("resolution"), _kind(made, {}), "data.resolution"
-    if value is None:
+    if value is None and ours in made.said_by and not others:
         if "resolution_type" in made.given:
-            told = "of the datasets' resolutions" if ours in made.said_by else "of a resolution, which is not set"
-            made.say(NO_MEANING, source_of("resolution_type", kind), told)
+            made.say(NO_MEANING, made.source("resolution_type"), "of the datasets' resolutions")
         return
-    source = f"resolution = {_sized(value, kind)}"
+    is_default, value = value is None, DEFAULT_RESOLUTION if value is None else value
+    source = f"resolution = {_sized(value, kind)}{' (their default)' * is_default}"
+    _resolution_type(made, made.given)
     if ours not in made.said_by:
         _resolution(made, source, value, kind)
     elif (size := _size(value, kind)) is not None and size[0] == made.values[ours]:
@@ -226,7 +278,8 @@ def _resolution(made: Translation, source: str, value: Any, kind: Any) -> None:
 
 def _size(value: Any, kind: Any) -> tuple[int | str, str] | None:
     """Our resolution for theirs, and what there is to say of it; None where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 16384:
+    most = 100 if kind == "area" else 16384  # megapixels, pixels
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
         return None
     if kind == "pixel":
         return f"{16 * round(value * 16 / 9 / 16)}x{16 * round(value / 16)}", "the shorter edge, in 16:9"

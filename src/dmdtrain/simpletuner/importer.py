@@ -23,6 +23,7 @@ from dmdtrain.files import write_text
 from dmdtrain.simpletuner import tables
 from dmdtrain.simpletuner.datasets import translate_datasets
 from dmdtrain.simpletuner.keys import translate_key
+from dmdtrain.simpletuner.optimizer import complete_optimizer
 from dmdtrain.simpletuner.translation import (
     LISTS,
     REFUSED,
@@ -48,13 +49,16 @@ def translate(file: Path, data: Path | None, out: Path, *, causal: bool) -> tupl
     Raises:
         ConfigError: a file cannot be read, or is not of a DMD run of Wan.
     """
-    given = flatten(read_json(file))
-    check_run(file, given)
-    made = Translation(file, given, causal)
-    for key, value in given.items():
-        translate_key(made, key, value, source_of(key, value))
+    if file.suffix in (".toml", ".env"):
+        raise ConfigError(f"{file}: of SimpleTuner's configurations only config.json is read: write it as one")
+    raw, spelled = flatten(read_json(file))
+    check_run(file, raw)
+    given = {key: value for key, value in raw.items() if value is not None}
+    made = Translation(file, given, causal, spelled=spelled)
+    for key, value in raw.items():
+        translate_key(made, key, value, source_of(spelled[key], value))
     for key, value in tables.THEIR_DEFAULTS.items():
-        if key not in given and not (key == "lora_rank" and given.get("model_type") == "full"):
+        if key not in given and not (key == "lora_rank" and given.get("model_type", "full") == "full"):
             translate_key(made, key, value, f"{source_of(key, value)} (their default)")
     translate_datasets(made, data, out)
     _complete(made)
@@ -79,13 +83,17 @@ def _say_translated(made: Translation, config: Config) -> None:
 
 
 def _complete(made: Translation) -> None:
-    """What a run of ours needs beyond theirs."""
+    """What hangs on several keys of theirs, and what a run of ours needs beyond."""
+    complete_optimizer(made)
     if made.causal:
         made.add("rollout.causal", True, "blocks of frames, as SimpleTuner's rollout makes them")
         made.add("warmup.kind", "ode_regression", "not in SimpleTuner: DMD does not repair a causal student without it")
     guidance = made.values.get("validation.guidance_scale")
     if isinstance(guidance, int | float) and guidance > 1:
         made.comments["validation.guidance_scale"] = "the student is trained to be sampled without guidance: 1"
+        made.to_do.append(
+            f"validation.guidance_scale is {guidance:g}: is that meant? A student of few steps is trained to be sampled at 1"
+        )
     prompts = made.values.get("validation.prompts")
     if prompts is not None and len(prompts) > Config().validation.count:
         made.add("validation.count", len(prompts), "all of them")
@@ -104,7 +112,8 @@ def _checked(made: Translation) -> Config:
         why = message.removeprefix(f"{ours}: ")
         near = _near(made, ours)
         if near is not None:
-            made.comments[ours] = f"not {made.values[ours]}: {why}"
+            reason = f"; {made.comments[ours]}" if ours in made.comments else ""
+            made.comments[ours] = f"not {made.values[ours]}: {why}{reason}"
             made.values[ours] = near
             continue
         del made.values[ours]

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dmdtrain.prompt_library import LIBRARY
-from dmdtrain.simpletuner import clips, tables
-from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, read_json
+from dmdtrain.simpletuner import clips, optimizer, tables
+from dmdtrain.simpletuner.translation import NO_MEANING, REFUSED, SAME, Translation, is_on, read_json
 
 
 def translate_key(made: Translation, key: str, value: Any, source: str) -> None:
     distillation = key.removeprefix(tables.DISTILLATION) if key.startswith(tables.DISTILLATION) else None
     if value is None:
-        is_known = key in known()
+        is_known = key in known() or any(_fits(key, names) for names in patterns())
         made.say(SAME if is_known else REFUSED, source, "not set" if is_known else _unknown(key))
     elif not made.causal and distillation in tables.BLOCKS:
         made.say(NO_MEANING, source, "a bidirectional student makes all frames as one block")
@@ -48,7 +48,7 @@ def _leave(made: Translation, key: str, value: Any, source: str) -> None:
         agrees = any(type(value) is type(ours) and value == ours for ours in agreeing)
         made.say(SAME if agrees else REFUSED, source, "as it is done here" if agrees else otherwise)
     elif _fits(key, tables.SWITCHES):
-        on = value not in (False, 0, "", "none", "None", [], {})
+        on = is_on(value)
         made.say(REFUSED if on else NO_MEANING, source, "another way to train than DMD" if on else "off")
     elif _fits(key, tables.SWITCHED):
         made.say(NO_MEANING, source, "of another way to train, which another key switches on")
@@ -110,10 +110,6 @@ def _targets(made: Translation, value: Any, source: str) -> None:
     made.put("student.targets", names, source)
 
 
-def _betas(made: Translation, value: Any, source: str) -> None:
-    made.put("optimizer.betas", [made.given.get("adam_beta1", 0.9), made.given.get("adam_beta2", 0.999)], source)
-
-
 def _warmup_steps(made: Translation, value: Any, source: str) -> None:
     if made.given.get("lr_scheduler") == "constant":
         made.say(NO_MEANING, source, "lr_scheduler: constant has no warm-up; constant_with_warmup has")
@@ -127,6 +123,20 @@ def _use_ema(made: Translation, value: Any, source: str) -> None:
     made.put("ema.enabled", value, source)
     if value is False:
         made.put("ema.validate_with", "raw", source)
+    elif not is_on(made.given.get("ema_warmup_steps")):
+        interval = made.given.get("ema_update_interval", 1)
+        counted = "" if interval == 1 else "; n counts steps there, updates of the average here"
+        made.put("ema.warmup", True, source, f"min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner{counted}")
+
+
+def _ema_warmup(made: Translation, value: Any, source: str) -> None:
+    if made.given.get("use_ema", False) is not True:
+        made.say(NO_MEANING, source, "use_ema is off")
+    elif is_on(value):
+        why = f"SimpleTuner copies the weights until step {value}, then holds the decay; here it holds from the start"
+        made.put("ema.warmup", False, source, why)
+    else:
+        made.say(SAME, source, "the decay ramps up: ema.warmup")
 
 
 def _ema_setting(key: str) -> Callable[[Translation, Any, str], None]:
@@ -215,14 +225,35 @@ def _max_steps(made: Translation, value: Any, source: str) -> None:
 
 def _no_validation(made: Translation, value: Any, source: str) -> None:
     if value:
-        made.values.pop("validation.every", None)
         made.put("validation.every", 0, source)
     else:
         made.say(SAME, source, "validation.every says when")
 
 
+def _validation_interval(made: Translation, value: Any, source: str) -> None:
+    if made.given.get("validation_disable"):
+        made.say(NO_MEANING, source, "validation_disable is on")
+    else:
+        made.put("validation.every", value, source)
+
+
+def _student_steps(value: Any) -> Any:
+    """Without blanks, and without a 0 at the end, as SimpleTuner reads them."""
+    steps = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(steps, list) or not steps:
+        return value
+    steps = steps[:-1] if steps[-1] in (0, "0") and len(steps) > 1 else steps
+    return ",".join(steps) if isinstance(value, str) else steps
+
+
+def _denoising_steps(made: Translation, value: Any, source: str) -> None:
+    steps = _student_steps(value)
+    note = "the 0 at the end is dropped, as SimpleTuner does" if steps != value else ""
+    made.put("dmd.denoising_steps", steps, source, note)
+
+
 def _validation_steps(made: Translation, value: Any, source: str) -> None:
-    steps = made.given.get("distillation_config.dmd_denoising_steps", "1000,757,522")
+    steps = _student_steps(made.given.get("distillation_config.dmd_denoising_steps", "1000,757,522"))
     count = len(steps.split(",")) if isinstance(steps, str) else len(steps) if isinstance(steps, list) else 0
     if str(value) == str(count):
         made.say(SAME, source, "validation runs the student's denoising steps")
@@ -273,6 +304,10 @@ def _minimum_size(made: Translation, value: Any, source: str) -> None:
     clips.minimum_size(made, value, source, made.given.get("resolution_type", "pixel_area"))
 
 
+def _no_distillation(made: Translation, value: Any, source: str) -> None:
+    made.say(SAME, source, "no settings")
+
+
 def _elsewhere(made: Translation, value: Any, source: str) -> None:
     """Read with the datasets."""
 
@@ -286,11 +321,10 @@ HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
     "model_type": _kind,
     "lora_rank": _lora,
     "peft_lora_target_modules": _targets,
-    "adam_beta1": _betas,
-    "adam_beta2": _betas,
     "lr_warmup_steps": _warmup_steps,
     "use_ema": _use_ema,
     "ema_decay": _ema_setting("ema_decay"),
+    "ema_warmup_steps": _ema_warmup,
     "ema_update_interval": _ema_setting("ema_update_interval"),
     "ema_validation": _ema_setting("ema_validation"),
     "report_to": _report,
@@ -304,6 +338,7 @@ HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
     "num_train_epochs": _epochs,
     "max_train_steps": _max_steps,
     "validation_disable": _no_validation,
+    "validation_step_interval": _validation_interval,
     "validation_num_inference_steps": _validation_steps,
     "validation_prompt": _validation_prompt,
     "validation_prompt_library": _prompt_library,
@@ -313,6 +348,9 @@ HANDLERS: dict[str, Callable[[Translation, Any, str], None]] = {
     "resolution": _elsewhere,
     "resolution_type": _elsewhere,
     "data_backend_config": _elsewhere,
+    "distillation_config": _no_distillation,
+    "distillation_config.dmd_denoising_steps": _denoising_steps,
+    **optimizer.HANDLERS,
 }
 
 OF_DATASETS = (
@@ -322,12 +360,18 @@ OF_DATASETS = (
     "resolution",
     "resolution_type",
     "minimum_image_size",
+    "video",
 )
+
+
+def patterns() -> list[str]:
+    """Words of names and shell patterns of keys that are not translated."""
+    return [*(names for names, _ in tables.NO_MEANING), tables.SWITCHES, tables.SWITCHED]
 
 
 def known() -> list[str]:
     """Names of theirs that are told apart here, without patterns."""
-    words = " ".join([*(names for names, _ in tables.NO_MEANING), tables.SWITCHES, tables.SWITCHED]).split()
+    words = " ".join(patterns()).split()
     of_datasets = [tables.DATASET + key for key in (*OF_DATASETS, *clips.KEYS)]
     of_datasets += [f"{tables.DATASET}video.{key}" for key in ("num_frames", *clips.VIDEO)]
     tabled = (*tables.COPY, *tables.CHOICES, *tables.AGREE, *tables.ALIASES)

@@ -12,7 +12,6 @@ DATASET = "dataset."
 
 # theirs -> ours, where the value means the same. What else there is to say stands in NOTES.
 COPY: dict[str, tuple[str, ...]] = {
-    "distillation_config.dmd_denoising_steps": ("dmd.denoising_steps",),
     "distillation_config.generator_update_interval": ("dmd.generator_update_interval",),
     "distillation_config.real_score_guidance_scale": ("dmd.real_score_guidance_scale",),
     "distillation_config.fake_score_guidance_scale": ("dmd.fake_score_guidance_scale",),
@@ -37,12 +36,9 @@ COPY: dict[str, tuple[str, ...]] = {
     "lora_rank": ("student.rank", "fake_score.rank"),
     "lora_alpha": ("student.alpha", "fake_score.alpha"),
     "learning_rate": ("optimizer.lr",),
-    "adam_weight_decay": ("optimizer.weight_decay",),
-    "adam_epsilon": ("optimizer.eps",),
     "max_grad_norm": ("optimizer.grad_clip",),
     "grad_clip_method": ("optimizer.grad_clip_method",),
     "lr_warmup_steps": ("schedule.warmup_steps",),
-    "lr_end": ("schedule.min_lr",),
     "max_train_steps": ("train.max_steps",),
     "train_batch_size": ("train.batch_size",),
     "gradient_accumulation_steps": ("train.gradient_accumulation",),
@@ -69,7 +65,16 @@ COPY: dict[str, tuple[str, ...]] = {
 
 # Numbers that are not in COPY, and texts that may be the words true and false.
 NUMBERS = (
-    *("adam_beta1", "adam_beta2", "resolution", "minimum_image_size", "num_train_epochs", "lora_dropout"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "optimizer_beta1", "optimizer_beta2", "lr_end"),
+    *(
+        "num_processes",
+        "context_parallel_size",
+        "ema_warmup_steps",
+        "resolution",
+        "minimum_image_size",
+        "num_train_epochs",
+        "lora_dropout",
+    ),
     *(f"dataset.{key}" for key in ("resolution", "minimum_image_size", "repeats", "probability")),
 )
 TEXTS = ("validation_prompt", "validation_negative_prompt", "instance_prompt")
@@ -80,8 +85,6 @@ ALIASES = {
     "validation_steps": "validation_step_interval",
     "validation_num_frames": "validation_num_video_frames",
     "rank": "lora_rank",
-    "optimizer_beta1": "adam_beta1",
-    "optimizer_beta2": "adam_beta2",
     "validation_prompts": "validation_prompt",
 }
 
@@ -138,18 +141,6 @@ CHOICES: dict[str, Choice] = {
         },
         "not for training; auto holds: set model.attention to another backend of Diffusers",
     ),
-    "optimizer": Choice(
-        ("optimizer.name",),
-        {
-            "adamw_bf16": "adamw_bf16",
-            "adamw": "adamw",
-            "optimi-adamw": "adamw_bf16",
-            "bnb-adamw8bit": "adamw8bit",
-            "bnb-adamw8bit-paged": "paged_adamw8bit",
-            "ao-adamw8bit": "adamw8bit",
-        },
-        "valid here are adamw, adamw_bf16, adamw8bit, paged_adamw8bit: choose one, and its learning rate",
-    ),
     "lr_scheduler": Choice(
         ("schedule.name",),
         {
@@ -166,11 +157,34 @@ CHOICES: dict[str, Choice] = {
     ),
 }
 
+
+class AdamW(NamedTuple):
+    """An optimizer: its name here, and the settings that it has in SimpleTuner unless told otherwise."""
+
+    name: str
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+
+
+OPTIMIZERS = {
+    "adamw": AdamW("adamw", eps=1e-8),
+    "torch-adamw": AdamW("adamw", eps=1e-8),
+    "bnb-adamw": AdamW("adamw"),
+    "adamw_bf16": AdamW("adamw_bf16"),
+    "optimi-adamw": AdamW("adamw_bf16", betas=(0.9, 0.99), weight_decay=0.0),
+    "bnb-adamw8bit": AdamW("adamw8bit"),
+    "ao-adamw8bit": AdamW("adamw8bit"),
+    "bnb-adamw8bit-paged": AdamW("paged_adamw8bit"),
+}
+OPTIMIZER_HELP = "valid here are adamw, adamw_bf16, adamw8bit, paged_adamw8bit: choose one, and its learning rate"
+
 # What holds in SimpleTuner where a key is not set, and is not our default.
 THEIR_DEFAULTS: dict[str, Any] = {
     "learning_rate": 4e-7,
     "lora_rank": 16,
     "optimizer": "adamw_bf16",
+    "model_type": "full",
     "grad_clip_method": "value",
     "max_grad_norm": 2.0,
     "train_batch_size": 4,
@@ -208,7 +222,6 @@ AGREE: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_flavour": (tuple(FLAVOURS), "only text-to-video of Wan 2.1 can be distilled"),
     "prepend_instance_prompt": ((False,), "write the words into the captions"),
     "only_instance_prompt": ((False,), "set caption_strategy: instanceprompt"),
-    "optimizer_config": ((False, ""), "set optimizer.betas, eps and weight_decay in the YAML"),
     "distillation_config.simulate_generator_forward": ((True,), "the rollout is always simulated, as the student runs"),
     "distillation_config.fake_score_use_ema": ((False,), "the fake score has no average; the student has"),
     "distillation_config.adversarial_weight": ((0, 0.0), "there is no adversarial loss here"),
@@ -241,9 +254,9 @@ NO_MEANING: list[tuple[str, str]] = [
         """tracker_* custom_tracker webhook_* logging_dir merge_environment_config""",
         "metrics go to OUTPUT_DIR/metrics.jsonl, TensorBoard, log.wandb and log.webhook",
     ),
-    ("""lora_format""", "export-lora has --format diffusers and comfyui"),
+    ("""lora_format""", "export-lora writes Wan's own names, which all read, or --format diffusers"),
     (
-        """ignore_final_epochs strict_epoch_limit lr_num_cycles lr_power lr_scale lr_scale_sqrt""",
+        """ignore_final_epochs strict_epoch_limit lr_num_cycles lr_power""",
         "train.max_steps and schedule decide",
     ),
     (
@@ -268,7 +281,7 @@ NO_MEANING: list[tuple[str, str]] = [
         "`dmdtrain plan` says what a run needs and what makes it fit",
     ),
     (
-        """num_processes num_machines machine_rank main_process_* same_network local_rank accelerate_* context_parallel_*
+        """num_machines machine_rank main_process_* same_network local_rank accelerate_* context_parallel_*
         fsdp_* deepspeed_* dynamo_* find_unused_parameters disable_tf32 torch_num_threads seed_for_each_device
         gradient_precision base_model_default_dtype i_know_what_i_am_doing configs_dir trust_remote_code revision variant
         print_* debug_*""",
@@ -289,7 +302,6 @@ NO_MEANING: list[tuple[str, str]] = [
         disable_segmented_timestep_sampling""",
         "the noise levels of DMD are dmd's: denoising_steps, timestep_shift, ts_schedule",
     ),
-    ("""ema_warmup_steps""", "ema.decay holds from the first update"),
     (
         """freeze_* layer_freeze_strategy text_encoder_* save_text_encoder t5_padding data_aesthetic_score
         instance_prompt parquet_* audio_* pretrained_gemma_* qwen_* prodigy_steps""",

@@ -21,7 +21,7 @@ class Translation:
     """What has been made of a configuration so far."""
 
     file: Path
-    given: dict[str, Any]  # theirs, flat: distillation_config.KEY
+    given: dict[str, Any]  # theirs, flat: distillation_config.KEY; without those that are null
     causal: bool
     values: dict[str, Any] = field(default_factory=dict)  # ours, flat: group.key
     sources: dict[str, list[str]] = field(default_factory=dict)  # ours -> what it was, `key = value`
@@ -30,6 +30,7 @@ class Translation:
     prompts: list[str] = field(default_factory=list)  # of the file beside the YAML
     to_do: list[str] = field(default_factory=list)
     dataset: str = ""  # whose keys are being translated; none: the configuration's
+    spelled: dict[str, str] = field(default_factory=dict)  # theirs -> as it stands in the file
     # Ours, one for all datasets -> the dataset that said it first.
     said_by: dict[str, str] = field(default_factory=dict)
 
@@ -64,6 +65,10 @@ class Translation:
     def say(self, which: str, source: str, text: str) -> None:
         self.rows.append((which, source, text))
 
+    def source(self, key: str) -> str:
+        """What the row of one of their keys begins with."""
+        return source_of(self.spelled.get(key, key), self.given[key])
+
     def find(self, name: str) -> Path | None:
         """A file or folder that their configuration names: from the working directory, or from where that file lies."""
         above = [parent / name for parent in self.file.resolve().parents]
@@ -96,20 +101,21 @@ def read_json(file: Path) -> Any:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
 
 
-def flatten(raw: Any) -> dict[str, Any]:
-    """Keys without dashes and by their newest name, those of the distillation with its prefix."""
+def flatten(raw: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Keys without dashes and by their newest name, those of the distillation with its prefix; and how each is spelled."""
     if not isinstance(raw, dict):
         raise ConfigError("a configuration of SimpleTuner is a JSON object of settings")
     flat: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for name, value in raw.items():
         key = name.lstrip("-").replace("-", "_")
         key = tables.ALIASES.get(key, key)
-        inner = _distillation(value) if key == "distillation_config" else {key: plain(key, value)}
+        inner = _distillation(value) if key == "distillation_config" and value else {key: plain(key, value)}
         for part, what in inner.items():
             if part in flat:
                 raise ConfigError(f"{part}: it stands twice, as {name} and under another name")
-            flat[part] = what
-    return flat
+            flat[part], spelled[part] = what, name if part == key else part
+    return flat, spelled
 
 
 def _distillation(value: Any) -> dict[str, Any]:
@@ -145,6 +151,11 @@ def is_number(key: str) -> bool:
     return key in tables.NUMBERS or any(f.annotation in (int, float, int | None, float | None) for f in fields)
 
 
+def is_on(value: Any) -> bool:
+    """Whether a setting of theirs is in use."""
+    return value not in (None, False, 0, "", "none", "None", [], {})
+
+
 def source_of(key: str, value: Any) -> str:
     return f"{key if key.isprintable() else json.dumps(key)} = {shown(value)}"
 
@@ -161,6 +172,11 @@ def check_run(file: Path, given: dict[str, Any]) -> None:
         found = given.get(key)
         if found != wanted:
             raise ConfigError(f"{file}: {key}: {shown(found)}: dmdtrain only does {wanted}")
-    named = given.get("pretrained_model_name_or_path") is not None
-    if not named and given.get("model_flavour") not in list(tables.FLAVOURS):
+    flavour = given.get("model_flavour")
+    if given.get("pretrained_model_name_or_path") is None and flavour not in list(tables.FLAVOURS):
+        if flavour and isinstance(flavour, str):
+            raise ConfigError(
+                f"{file}: model_flavour: {shown(flavour)}: dmdtrain does text to video of Wan 2.1 only; "
+                f"valid are {', '.join(tables.FLAVOURS)}"
+            )
         raise ConfigError(f"{file}: pretrained_model_name_or_path: it must name the model")

@@ -14,7 +14,14 @@ from rich.console import Console
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, unwritable
 from dmdtrain.data.prompts import load_prompts
-from dmdtrain.export import StudentError, stock_scheduler, write_lora, write_pipeline
+from dmdtrain.export import (
+    StudentError,
+    comfyui_sampling,
+    lora_format,
+    stock_scheduler,
+    write_lora,
+    write_pipeline,
+)
 from dmdtrain.models.decode import StreamDecoder, decode_latents
 from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, config_of, has_file, read_json
@@ -211,8 +218,16 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     _make_folder(out.parent, "--out")
     write_lora(out, values, student.alpha / student.rank, file_format, sampling)
     console.print(f"wrote {out}", soft_wrap=True)
+    if lora_format(file_format) == "original":
+        console.print(f"in ComfyUI: {comfyui_sampling(sampling)}", soft_wrap=True)
+    else:
+        console.print("only Diffusers reads it; --format original is read by ComfyUI and others, too", soft_wrap=True)
     if config.rollout.causal:
-        console.print("a causal student is sampled block by block: no scheduler for the stock pipeline", soft_wrap=True)
+        console.print(
+            "a causal student is sampled block by block: no scheduler for the stock pipeline; "
+            "export-pipeline writes one that samples it",
+            soft_wrap=True,
+        )
         return
     timesteps = sampling["timesteps"]
     scheduler = stock_scheduler(timesteps)
@@ -225,7 +240,8 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     scheduler.save_pretrained(scheduler_folder)
     console.print(
         f"wrote {scheduler_folder}: with it WanPipeline samples at {listed} "
-        f"(num_inference_steps={len(timesteps)}, guidance_scale=1.0)",
+        f"(num_inference_steps={len(timesteps)}, guidance_scale=1.0); with another number of steps it walks others, "
+        "which were never trained",
         soft_wrap=True,
     )
 

@@ -168,7 +168,7 @@ def write_upload(run: Run, ckpt: Path, folder: Path, repo: str) -> None:
     with atomic_folder(folder) as partial:
         if config.student.kind == "lora":
             said = Console(file=io.StringIO())
-            export_lora(ckpt=ckpt, out=partial / LORA, file_format="diffusers", weights="", console=said)
+            export_lora(ckpt=ckpt, out=partial / LORA, file_format="original", weights="", console=said)
             made = partial / f"{Path(LORA).stem}_scheduler"
             if made.exists():
                 made.rename(partial / SCHEDULER)
@@ -206,6 +206,8 @@ def _write_transformer(run: Run, ckpt: Path, config: Config, folder: Path) -> No
 
 def model_card(repo: str, sampling: dict[str, Any], config: Config, *, stock: bool) -> str:
     """README.md: what it is, its steps and guidance, and how it is loaded. stock: there is a scheduler for WanPipeline."""
+    from dmdtrain.export import comfyui_sampling, only_these_steps
+
     base, steps = sampling["base_model"], sampling["timesteps"]
     is_hub_id = (
         "/" in base and not base.startswith(("/", ".", "~")) and base.count("/") == 1 and not Path(base).exists()
@@ -235,6 +237,8 @@ pipe.load_lora_weights("{repo}")
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("{repo}", subfolder="{SCHEDULER}")
 video = pipe("a prompt", num_inference_steps={len(steps)}, guidance_scale=1.0).frames[0]
 ```
+
+{only_these_steps(len(steps))}
 """
     elif not lora:
         text += f"""
@@ -250,6 +254,8 @@ transformer = WanTransformer3DModel.from_pretrained("{repo}", subfolder="transfo
 It is sampled at exactly these timesteps{" block by block" if causal else ""}: each predicts x0, which fresh noise takes
 to the next. `dmdtrain export-pipeline` writes a folder whose pipeline does so.
 """
+    if lora:
+        text += f"\nIn ComfyUI: {comfyui_sampling(sampling)}.\n"
     return "---\n" + "\n".join(head) + "\n---\n\n" + text
 
 
