@@ -246,7 +246,7 @@ ADAMW = {"name": "adamw_bf16", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay
         ({"ema_validation": "comparison"}, "ema.validate_with", "both"),
         ({"use_ema": False}, "ema.validate_with", "raw"),
         ({"ema_warmup_steps": 0}, "ema.warmup", True),
-        ({"ema_warmup_steps": 200}, "ema.warmup", False),
+        ({"ema_warmup_steps": 200}, "ema.warmup", True),
         ({"ema_warmup_steps": "200", "use_ema": False}, "ema.warmup", True),
         ({"use_ema": "false"}, "ema.enabled", False),
         ({"use_ema": ...}, "ema.enabled", False),
@@ -753,18 +753,18 @@ def test_text_of_theirs_can_not_leave_a_comment(theirs, tmp_path):
     ("changes", "row"),
     [
         (
-            {},
+            {"distillation_config": QUICKSTART["distillation_config"] | {"generator_update_interval": 5}},
             "use_ema = true -> ema.enabled = true, ema.warmup = true (min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner"
-            "; n counts steps there, updates of the average here)",
+            "; n counts steps there, updates of the student here)",
         ),
         (
-            {"ema_update_interval": 1},
+            {},
             "use_ema = true -> ema.enabled = true, ema.warmup = true (min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner)",
         ),
         (
             {"ema_warmup_steps": 200},
-            "ema_warmup_steps = 200 -> ema.warmup = false (SimpleTuner copies the weights until step 200, then holds the "
-            "decay; here it holds from the start)",
+            "ema_warmup_steps = 200 -> ema.warmup = true (SimpleTuner copies the weights until step 200, then holds the "
+            "decay; here it rises to it)",
         ),
     ],
 )

@@ -124,8 +124,8 @@ def _use_ema(made: Translation, value: Any, source: str) -> None:
     if value is False:
         made.put("ema.validate_with", "raw", source)
     elif not is_on(made.given.get("ema_warmup_steps")):
-        interval = made.given.get("ema_update_interval", 1)
-        counted = "" if interval == 1 else "; n counts steps there, updates of the average here"
+        interval = made.given.get("distillation_config.generator_update_interval", 1)
+        counted = "" if interval == 1 else "; n counts steps there, updates of the student here"
         made.put("ema.warmup", True, source, f"min(ema.decay, (1 + n) / (10 + n)), as in SimpleTuner{counted}")
 
 
@@ -133,8 +133,8 @@ def _ema_warmup(made: Translation, value: Any, source: str) -> None:
     if made.given.get("use_ema", False) is not True:
         made.say(NO_MEANING, source, "use_ema is off")
     elif is_on(value):
-        why = f"SimpleTuner copies the weights until step {value}, then holds the decay; here it holds from the start"
-        made.put("ema.warmup", False, source, why)
+        why = f"SimpleTuner copies the weights until step {value}, then holds the decay; here it rises to it"
+        made.put("ema.warmup", True, source, why)
     else:
         made.say(SAME, source, "the decay ramps up: ema.warmup")
 
