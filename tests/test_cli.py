@@ -424,6 +424,16 @@ def test_output_folders_that_are_taken(settings, config_file, tmp_path):
     assert [f.name for f in taken.iterdir()] == ["holiday.jpg"]
 
 
+@pytest.mark.parametrize("name", ["null", "2024", "a #1", "bad: hands", '"quoted"', "it's", "[a]"])
+def test_options_that_are_paths_are_taken_as_they_stand(config_file, tmp_path, name):
+    (tmp_path / name).write_text("a file in the way")
+    refused(
+        "fit", config_file(), "--output-dir", tmp_path / name, says=f"output_dir: {tmp_path / name} is not a folder"
+    )
+    out = ("--out", tmp_path / "made")
+    refused("synthesize", config_file(), *out, "--prompts", name, says=f"data.prompts: {name}: ")
+
+
 def test_what_a_killed_fit_left_is_no_obstacle_and_goes(config_file, tmp_path):
     """A kill while config.yaml is written leaves half of it, and nothing else that tells whose the folder is."""
     run = tmp_path / "run"

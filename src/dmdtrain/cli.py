@@ -141,10 +141,11 @@ def fit(
     """
     with _one_line_errors():
         from dmdtrain.config import load
+        from dmdtrain.strict_yaml import inline
 
         overrides = list(set_ or [])
         overrides += [] if max_steps is None else [f"train.max_steps={max_steps}"]
-        overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
+        overrides += [] if output_dir is None else [f"output_dir={inline(output_dir)}"]
         checked = load(config, overrides)
 
         from dmdtrain.train.fit import fit as run_fit
@@ -218,8 +219,9 @@ def synthesize(
     """Make videos, latents or trajectories with the teacher, for the warm-up of a causal student."""
     with _one_line_errors():
         from dmdtrain.config import load
+        from dmdtrain.strict_yaml import inline
 
-        overrides = list(set_ or []) + ([] if prompts is None else [f"data.prompts={prompts}"])
+        overrides = list(set_ or []) + ([] if prompts is None else [f"data.prompts={inline(str(prompts))}"])
         checked = load(config, overrides)
 
         from dmdtrain.train.synthesize import synthesize as run_synthesize
