@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -81,6 +82,28 @@ def swap(names: dict[str, str]) -> None:
     names[first], names[second] = names[second], names[first]
 
 
+def variant(part: str, sharded: bool, old: bool = False) -> Edit:
+    """The weights under the names of a variant, as `save_pretrained(variant="fp16")` gives them, lately or in older releases."""
+
+    def edit(folder: Path) -> None:
+        if not sharded:
+            file = folder / WEIGHTS[part]
+            file.rename(file.with_suffix(".fp16.safetensors"))
+            return
+        shard(part)(folder)
+        table = folder / f"{WEIGHTS[part]}.index.json"
+        content = json.loads(table.read_text())
+        names = {name: re.sub(r"(-\d+-of-\d+)", r"\1.fp16" if old else r".fp16\1", name)
+                 for name in content["weight_map"].values()}  # fmt: skip
+        for name, new in names.items():
+            (table.parent / name).rename(table.parent / new)
+        content["weight_map"] = {tensor: names[name] for tensor, name in content["weight_map"].items()}
+        table.unlink()
+        table.with_name(table.name.replace(".json", ".fp16.json")).write_text(json.dumps(content))
+
+    return edit
+
+
 BAD = {
     # Weights: types, shapes and names are in the headers.
     "int64": (cast("transformer", QUERY, torch.int64), [WEIGHTS["transformer"], QUERY, "is of type I64; valid are "]),
@@ -130,6 +153,10 @@ BAD = {
     ),
     "pickled": (
         lambda folder: (folder / WEIGHTS["transformer"]).rename(folder / "transformer/diffusion_pytorch_model.bin"),
+        ["transformer holds no .safetensors weights: neither diffusion_pytorch_model.safetensors nor"],
+    ),
+    "shards without an index": (
+        both(shard("transformer"), remove(TABLE)),
         ["transformer holds no .safetensors weights: neither diffusion_pytorch_model.safetensors nor"],
     ),
     "a pipe": (
@@ -320,6 +347,44 @@ def test_weights_that_are_not_finite(broken_folder, precision, value, name):
     folder = broken_folder(edit_tensors("transformer", lambda tensors: tensors[name].view(-1)[-1:].fill_(value)))
     with pytest.raises(ConfigError, match=f"weights that are not finite: {name}$"):
         load_transformer(find_folder(str(folder), "model.base"), precision)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("kind", ["a file", "shards", "older shards"])
+def test_a_variant_is_named_and_can_be_used_as_is_told(broken_folder, wan_folder, part, kind):
+    folder = broken_folder(variant(part, kind != "a file", kind == "older shards"))
+    name = Path(WEIGHTS[part]).name
+    with pytest.raises(ConfigError) as caught:
+        find_folder(str(folder), "model.base")
+    old, new = re.search(r"the variant fp16: to use it, rename (\S+) to (\S+), or link it so$", str(caught.value)).groups()
+    assert f"{part} holds no .safetensors weights: neither {name} nor {name}.index.json, but" in str(caught.value)
+    (folder / part / old).rename(folder / part / new)
+    load = {"transformer": lambda f: load_transformer(f, "fp32"), "vae": load_vae}
+    load["text_encoder"] = lambda f: load_text_encoder(f, "fp32")[1]
+    ours, theirs = (load[part](find_folder(str(f), "model.base")).state_dict() for f in (folder, wan_folder))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_shards_of_a_variant_without_their_index(broken_folder):
+    folder = broken_folder(both(variant("vae", True), remove(f"{WEIGHTS['vae']}.index.json".replace(".json", ".fp16.json"))))
+    says = "the variant fp16: to use it, add diffusion_pytorch_model.safetensors.index.json, which lists diffusion_pytorch_"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        find_folder(str(folder), "model.base")
+
+
+@pytest.mark.parametrize("given", ["models--org--name", "models--org--name/snapshots"])
+def test_the_root_of_a_hub_cache_names_its_snapshot(wan_folder, config_file, tmp_path, given):
+    root = tmp_path / "models--org--name"
+    for name in ("blobs", "refs", "snapshots/0123abc"):
+        (root / name).mkdir(parents=True)
+    snapshot = root / "snapshots" / "0123abc"
+    says = f"model.base: {tmp_path / given}: model_index.json is missing"
+    if given == root.name:  # also where nothing is in it yet
+        refused("fit", config_file(root), "--dry-run", says=f"{says}; the model is in a folder below: give {snapshot}")
+    for part in wan_folder.iterdir():
+        (snapshot / part.name).symlink_to(part)
+    refused("fit", config_file(tmp_path / given), "--dry-run", says=f"{says}; the model is in a folder below: give {snapshot}")
+    done("fit", config_file(snapshot), "--dry-run")
 
 
 @pytest.mark.parametrize(("part", "name"), [("vae", "post_quant_conv.bias"), ("text_encoder", SHARED)])
