@@ -595,6 +595,47 @@ def test_commands_refuse(command, says, trained, ckpt, tmp_path):
     assert (listing(tmp_path), listing(trained["lora"])) == before
 
 
+@pytest.mark.parametrize(
+    ("below", "says"),
+    [
+        ("/proc", "No such file or directory"),  # where nobody can write, whatever its permissions say
+        ("FILE/deep", "FILE is not a folder"),
+        ("LINK", "LINK is not a folder"),
+        ("LONG", "too long"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "validate", "export-lora", "export-pipeline", "synthesize", "fit"])
+def test_an_output_that_can_not_be_written_is_found_before_a_model_is_loaded(
+    command, below, says, config_file, ckpt, tmp_path, monkeypatch
+):
+    (tmp_path / "FILE").write_text("in the way")
+    (tmp_path / "LINK").symlink_to("/no/where")
+    config = config_file()
+    before = listing(tmp_path)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("something is loaded")
+
+    monkeypatch.setattr("dmdtrain.train.setup.build_roles", forbidden)
+    monkeypatch.setattr("dmdtrain.train.setup.student_weights", forbidden)
+    monkeypatch.setattr("dmdtrain.train.trainer.Trainer.__init__", forbidden)
+    name = {"generate": "a.mp4", "export-lora": "a.safetensors"}.get(command, "a")
+    out = tmp_path / below.replace("LONG", "x" * 256) / name
+    option = "output_dir" if command == "fit" else "--out"
+    source = [config] if command in ("fit", "synthesize") else ["--ckpt", ckpt]
+    prompt = ["a cat"] if command == "generate" else []
+    refused(
+        command, *source, *prompt, f"--{option.removeprefix('--').replace('_', '-')}", out, says=[f"{option}: ", says]
+    )
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [["generate", "a cat", "--out", ".mp4"], ["export-lora", "--out", ".safetensors"]])
+def test_a_name_too_long_for_what_is_written_beside_it_first(command, ckpt, tmp_path):
+    out = tmp_path / ("x" * (255 - len(command[-1])) + command[-1])
+    refused(command[0], "--ckpt", ckpt, *command[1:-1], out, says=["--out: ", "File name too long"])
+
+
 def test_commands_on_a_student_that_was_trained_whole(trained, tmp_path):
     ckpt = trained["full"] / "run" / "checkpoints" / "step-000001"
     refused(

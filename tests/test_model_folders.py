@@ -356,7 +356,9 @@ def test_a_variant_is_named_and_can_be_used_as_is_told(broken_folder, wan_folder
     name = Path(WEIGHTS[part]).name
     with pytest.raises(ConfigError) as caught:
         find_folder(str(folder), "model.base")
-    old, new = re.search(r"the variant fp16: to use it, rename (\S+) to (\S+), or link it so$", str(caught.value)).groups()
+    old, new = re.search(
+        r"the variant fp16: to use it, rename (\S+) to (\S+), or link it so$", str(caught.value)
+    ).groups()
     assert f"{part} holds no .safetensors weights: neither {name} nor {name}.index.json, but" in str(caught.value)
     (folder / part / old).rename(folder / part / new)
     load = {"transformer": lambda f: load_transformer(f, "fp32"), "vae": load_vae}
@@ -366,7 +368,9 @@ def test_a_variant_is_named_and_can_be_used_as_is_told(broken_folder, wan_folder
 
 
 def test_shards_of_a_variant_without_their_index(broken_folder):
-    folder = broken_folder(both(variant("vae", True), remove(f"{WEIGHTS['vae']}.index.json".replace(".json", ".fp16.json"))))
+    folder = broken_folder(
+        both(variant("vae", True), remove(f"{WEIGHTS['vae']}.index.json".replace(".json", ".fp16.json")))
+    )
     says = "the variant fp16: to use it, add diffusion_pytorch_model.safetensors.index.json, which lists diffusion_pytorch_"
     with pytest.raises(ConfigError, match=re.escape(says)):
         find_folder(str(folder), "model.base")
@@ -383,7 +387,12 @@ def test_the_root_of_a_hub_cache_names_its_snapshot(wan_folder, config_file, tmp
         refused("fit", config_file(root), "--dry-run", says=f"{says}; the model is in a folder below: give {snapshot}")
     for part in wan_folder.iterdir():
         (snapshot / part.name).symlink_to(part)
-    refused("fit", config_file(tmp_path / given), "--dry-run", says=f"{says}; the model is in a folder below: give {snapshot}")
+    refused(
+        "fit",
+        config_file(tmp_path / given),
+        "--dry-run",
+        says=f"{says}; the model is in a folder below: give {snapshot}",
+    )
     done("fit", config_file(snapshot), "--dry-run")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -49,6 +51,21 @@ def unwritable(key: str, path: Path, error: OSError, done: str = "written") -> E
     if error.errno in NO_ROOM:
         return OSError(error.errno, error.strerror, str(path))
     return ConfigError(f"{key}: {path} can not be {done}: {error.strerror}")
+
+
+def check_writable(folder: Path, key: str, name: str = "") -> None:
+    """A mistake in `key` unless a folder can be written, or made if it is not there. name: of a file that it is to hold."""
+    try:
+        above = next(each for each in (folder, *folder.parents) if each.is_symlink() or each.exists())
+        if not above.is_dir():
+            where = f"{folder}: {above}" if above != folder else folder
+            raise ConfigError(f"{key}: {where} is not a folder")
+        if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+            raise ConfigError(f"{key}: {folder} can not be written: {above} is read-only or another user's")
+        with NamedTemporaryFile(dir=above, prefix=f".{name}", suffix=".partial"):  # permissions do not tell all: /proc
+            pass
+    except OSError as error:
+        raise unwritable(key, folder / name, error) from None
 
 
 @contextmanager
