@@ -131,6 +131,28 @@ def test_help_and_config_errors_need_no_torch(args):
     assert result.stdout.splitlines()[-1] == f"heavy [] code {2 if 'none.yaml' in args else 0}", result.stderr
 
 
+# A CPU with AVX512-BF16, for which bitsandbytes looks for a kernel as it is imported, and warns if it has none.
+LARGE_CPU = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            import bitsandbytes.functional
+            bitsandbytes.functional.has_avx512bf16 = lambda: True
+            sys.modules["kernels"] = None
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_what_bitsandbytes_says_of_a_kernel_of_the_cpu_is_not_on_the_console(config_file):
+    """Its own message is there without a command, so that this can fail."""
+    noise = "Failed to load CPU gemm_4bit_forward"
+    assert noise in in_process(sys.executable, "-c", f"{LARGE_CPU}import bitsandbytes").stderr
+    args = ["fit", str(config_file({"model.precision": "nf4"})), "--dry-run"]
+    result = in_process(sys.executable, "-c", f"{LARGE_CPU}from dmdtrain.cli import app\napp({args!r})")
+    assert result.returncode == 0 and noise not in result.stdout + result.stderr, result.stderr
+
+
 def test_help_names_every_command():
     result = run_cli("--help")
     assert result.exit_code == 0

@@ -723,8 +723,8 @@ class Log(Group):
     """Project of Weights & Biases that gets the same numbers and videos (`pip install 'dmdtrain[wandb]'`); WANDB_MODE and
     its other variables hold. A resumed run goes on in the same run there. None: not used."""
     webhook: Annotated[str, AfterValidator(_web_address)] | None = None
-    """Address that gets a JSON POST when the run starts, saves, validates, raises an alarm, stops and is done. It is in the
-    run's config.yaml, and neither printed nor uploaded. None: not used."""
+    """Address that gets a JSON POST when the run starts, saves, validates, raises an alarm, stops and is done; Slack shows its
+    `text`, Discord its `content`. It is in the run's config.yaml, and neither printed nor uploaded. None: not used."""
 
 
 class Alarms(Group):
