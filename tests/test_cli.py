@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_help_and_config_errors_need_no_torch(args):
     )
     result = in_process(sys.executable, "-c", code)
     assert result.stdout.splitlines()[-1] == f"heavy [] code {2 if 'none.yaml' in args else 0}", result.stderr
+
+
+@pytest.mark.parametrize("base", ["/no/where", "org/name"])
+def test_a_model_that_is_not_there_is_told_before_anything_heavy_is_imported(config_file, tmp_path, monkeypatch, base):
+    """The hub is a port of this machine that nobody listens at."""
+    with socket() as one:
+        one.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{one.getsockname()[1]}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    args = ["fit", str(config_file({"model.base": base})), "--dry-run"]
+    code = f"import sys\nfrom dmdtrain.cli import app\ntry:\n    app({args!r})\nfinally:\n    print('torch' in sys.modules)"
+    result = in_process(sys.executable, "-c", code)
+    assert (result.returncode, result.stdout) == (2, "False\n"), result.stderr
+    (line,) = result.stderr.splitlines()
+    where = f"looked in {tmp_path / 'home' / 'hub'}" if base == "org/name" else "no such folder; valid are"
+    assert line.startswith(f"dmdtrain: model.base: {base}: no such folder") and where in line
 
 
 # A CPU with AVX512-BF16, for which bitsandbytes looks for a kernel as it is imported, and warns if it has none.

@@ -8,8 +8,10 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from model_edits import WEIGHTS, drop_tensor, edit_json, edit_tensors, remove, t
 from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.models import wan
 from dmdtrain.models.checks import DESCRIPTIONS, empty_model
 from dmdtrain.models.wan import find_folder, load_scheduler, load_text_encoder, load_transformer, load_vae
 from dmdtrain.train.plan import PUBLISHED, UMT5_XXL
@@ -432,6 +435,110 @@ def test_a_run_on_weights_that_are_not_finite_ends_in_one_line(broken_folder, co
     folder = broken_folder(put("transformer", QUERY, torch.full((24, 24), float("nan"))))
     refused("fit", config_file(folder), says=f"{folder}: transformer holds weights that are not finite: {QUERY}")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Starts a local hub that serves a folder as org/tiny, or one that takes requests and never answers."""
+    servers = []
+
+    def start(folder: Path | None) -> ThreadingHTTPServer:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if folder is None:
+                    let_go.wait(900)
+                    return
+                files = [f for f in folder.rglob("*") if f.is_file()]
+                path = self.path.partition("?")[0]
+                asked = folder / path.partition(f"/resolve/{COMMIT}/")[2]
+                if path.startswith("/api/models/org/tiny/tree/"):
+                    names = [(f, str(f.relative_to(folder))) for f in files]
+                    listed = [{"type": "file", "oid": "0", "size": f.stat().st_size, "path": name} for f, name in names]
+                    self.reply(json.dumps(listed).encode())
+                elif path.startswith("/api/models/org/tiny"):
+                    self.reply(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": []}).encode())
+                elif "/resolve/" in path and asked.is_file():
+                    self.reply(asked.read_bytes())
+                else:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+
+            do_HEAD = do_GET
+
+            def reply(self, body: bytes) -> None:
+                self.send_response(200)
+                for name, value in {
+                    "ETag": f'"{hash(body):x}"',
+                    "X-Repo-Commit": COMMIT,
+                    "Content-Length": len(body),
+                }.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        wan._unreachable.cache_clear()
+        return server
+
+    let_go = threading.Event()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield start
+    let_go.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    wan._unreachable.cache_clear()
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_a_model_of_the_hub_is_fetched_in_parts_and_found_again_without_it(hub, wan_folder, monkeypatch):
+    server = hub(wan_folder)
+    folder = find_folder("org/tiny", "model.base")
+    assert folder.hub and folder.path.name == COMMIT and not (folder.path / WEIGHTS["vae"]).exists()
+    weights = load_vae(folder).state_dict()
+    theirs = load_file(wan_folder / WEIGHTS["vae"])
+    assert all(torch.equal(weights[name], value) for name, value in theirs.items())
+    assert not (folder.path / WEIGHTS["transformer"]).exists()
+    with pytest.raises(ConfigError, match=r"org/none: no such folder here, and the hub did not give it: .*404"):
+        find_folder("org/none", "model.base")
+    server.shutdown()
+    server.server_close()
+    wan._unreachable.cache_clear()
+    again = find_folder("org/tiny", "model.base")
+    assert again.path == folder.path
+    assert torch.equal(load_vae(again).state_dict()["post_quant_conv.bias"], weights["post_quant_conv.bias"])
+
+
+@pytest.mark.parametrize("answers", ["never", "closed"])
+def test_a_hub_that_can_not_be_reached_is_told_of_with_what_to_do(hub, tmp_path, monkeypatch, answers):
+    monkeypatch.setattr(wan, "CONTACT", 0.5)
+    server = hub(None)
+    if answers == "closed":
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ConfigError) as caught:
+        find_folder("org/tiny", "model.teacher")
+    line = str(caught.value)
+    assert line.startswith("model.teacher: org/tiny: no such folder here, and the hub can not be reached (")
+    assert "give the path of a folder that holds the model, or set HF_HOME" in line and str(tmp_path / "cache") in line
 
 
 # ---------------------------------------------------------------------------------------------------- what is in order
