@@ -100,7 +100,7 @@ class Group(BaseModel):
 def _holds_numbers(kind: Any) -> bool:
     """Whether an annotation is of numbers: alone, in lists, or null."""
     parts = get_args(kind)[: 1 if hasattr(kind, "__metadata__") else None]  # of Annotated, the type
-    return all(_holds_numbers(part) for part in parts) if parts else kind in (int, float, type(None), ...)
+    return all(_holds_numbers(part) for part in parts) if parts else kind in (int, float, type(None))
 
 
 def _check_numbers(value: Any, name: str) -> None:
