@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
@@ -129,6 +130,44 @@ def test_help_and_config_errors_need_no_torch(args):
     )
     result = in_process(sys.executable, "-c", code)
     assert result.stdout.splitlines()[-1] == f"heavy [] code {2 if 'none.yaml' in args else 0}", result.stderr
+
+
+@pytest.mark.parametrize("base", ["/no/where", "org/name"])
+def test_a_model_that_is_not_there_is_told_before_anything_heavy_is_imported(config_file, tmp_path, monkeypatch, base):
+    """The hub is a port of this machine that nobody listens at."""
+    with socket() as one:
+        one.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{one.getsockname()[1]}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    args = ["fit", str(config_file({"model.base": base})), "--dry-run"]
+    code = f"import sys\nfrom dmdtrain.cli import app\ntry:\n    app({args!r})\nfinally:\n    print('torch' in sys.modules)"
+    result = in_process(sys.executable, "-c", code)
+    assert (result.returncode, result.stdout) == (2, "False\n"), result.stderr
+    (line,) = result.stderr.splitlines()
+    where = f"looked in {tmp_path / 'home' / 'hub'}" if base == "org/name" else "no such folder; valid are"
+    assert line.startswith(f"dmdtrain: model.base: {base}: no such folder") and where in line
+
+
+# A CPU with AVX512-BF16, for which bitsandbytes looks for a kernel as it is imported, and warns if it has none.
+LARGE_CPU = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            import bitsandbytes.functional
+            bitsandbytes.functional.has_avx512bf16 = lambda: True
+            sys.modules["kernels"] = None
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_what_bitsandbytes_says_of_a_kernel_of_the_cpu_is_not_on_the_console(config_file):
+    """Its own message is there without a command, so that this can fail."""
+    noise = "Failed to load CPU gemm_4bit_forward"
+    assert noise in in_process(sys.executable, "-c", f"{LARGE_CPU}import bitsandbytes").stderr
+    args = ["fit", str(config_file({"model.precision": "nf4"})), "--dry-run"]
+    result = in_process(sys.executable, "-c", f"{LARGE_CPU}from dmdtrain.cli import app\napp({args!r})")
+    assert result.returncode == 0 and noise not in result.stdout + result.stderr, result.stderr
 
 
 def test_help_names_every_command():
@@ -424,6 +463,16 @@ def test_output_folders_that_are_taken(settings, config_file, tmp_path):
     assert [f.name for f in taken.iterdir()] == ["holiday.jpg"]
 
 
+@pytest.mark.parametrize("name", ["null", "2024", "a #1", "bad: hands", '"quoted"', "it's", "[a]"])
+def test_options_that_are_paths_are_taken_as_they_stand(config_file, tmp_path, name):
+    (tmp_path / name).write_text("a file in the way")
+    refused(
+        "fit", config_file(), "--output-dir", tmp_path / name, says=f"output_dir: {tmp_path / name} is not a folder"
+    )
+    out = ("--out", tmp_path / "made")
+    refused("synthesize", config_file(), *out, "--prompts", name, says=f"data.prompts: {name}: ")
+
+
 def test_what_a_killed_fit_left_is_no_obstacle_and_goes(config_file, tmp_path):
     """A kill while config.yaml is written leaves half of it, and nothing else that tells whose the folder is."""
     run = tmp_path / "run"
@@ -583,6 +632,47 @@ def test_commands_refuse(command, says, trained, ckpt, tmp_path):
     args = [str(tmp_path / a) if a.startswith(names) else a for a in command]
     refused(args[0], "--ckpt", ckpt, *args[1:], says=says)
     assert (listing(tmp_path), listing(trained["lora"])) == before
+
+
+@pytest.mark.parametrize(
+    ("below", "says"),
+    [
+        ("/proc", "No such file or directory"),  # where nobody can write, whatever its permissions say
+        ("FILE/deep", "FILE is not a folder"),
+        ("LINK", "LINK is not a folder"),
+        ("LONG", "too long"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "validate", "export-lora", "export-pipeline", "synthesize", "fit"])
+def test_an_output_that_can_not_be_written_is_found_before_a_model_is_loaded(
+    command, below, says, config_file, ckpt, tmp_path, monkeypatch
+):
+    (tmp_path / "FILE").write_text("in the way")
+    (tmp_path / "LINK").symlink_to("/no/where")
+    config = config_file()
+    before = listing(tmp_path)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("something is loaded")
+
+    monkeypatch.setattr("dmdtrain.train.setup.build_roles", forbidden)
+    monkeypatch.setattr("dmdtrain.train.setup.student_weights", forbidden)
+    monkeypatch.setattr("dmdtrain.train.trainer.Trainer.__init__", forbidden)
+    name = {"generate": "a.mp4", "export-lora": "a.safetensors"}.get(command, "a")
+    out = tmp_path / below.replace("LONG", "x" * 256) / name
+    option = "output_dir" if command == "fit" else "--out"
+    source = [config] if command in ("fit", "synthesize") else ["--ckpt", ckpt]
+    prompt = ["a cat"] if command == "generate" else []
+    refused(
+        command, *source, *prompt, f"--{option.removeprefix('--').replace('_', '-')}", out, says=[f"{option}: ", says]
+    )
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [["generate", "a cat", "--out", ".mp4"], ["export-lora", "--out", ".safetensors"]])
+def test_a_name_too_long_for_what_is_written_beside_it_first(command, ckpt, tmp_path):
+    out = tmp_path / ("x" * (255 - len(command[-1])) + command[-1])
+    refused(command[0], "--ckpt", ckpt, *command[1:-1], out, says=["--out: ", "File name too long"])
 
 
 def test_commands_on_a_student_that_was_trained_whole(trained, tmp_path):

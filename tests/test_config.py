@@ -13,6 +13,7 @@ from dmdtrain.config import (
     Config,
     ConfigError,
     VideoSet,
+    apply_override,
     build,
     changed,
     differences,
@@ -364,9 +365,16 @@ def test_numbers_as_yaml_writes_them(load_text):
     [
         pytest.param("data:\n  aspect_ratio: 16:9", [], "data.aspect_ratio", "16:9"),
         pytest.param("", ["data.aspect_ratio=9:16"], "data.aspect_ratio", "9:16"),
-        pytest.param("", ["train.mixed_precision=no"], "train.mixed_precision", "no"),
-        pytest.param("", ["output_dir=2024"], "output_dir", "2024"),
-        pytest.param("", ["output_dir=runs/a: b"], "output_dir", "runs/a: b"),
+        pytest.param("train: {mixed_precision: no}", [], "train.mixed_precision", "no"),
+        pytest.param("data: {negative_prompt: no}", [], "data.negative_prompt", "no"),
+        pytest.param("validation: {prompts: [16:9, 0400, on]}", [], "validation.prompts", ["16:9", "0400", "on"]),
+        pytest.param("output_dir: 0400", [], "output_dir", "0400"),
+        pytest.param("ema: {enabled: no, validate_with: raw}", [], "ema.enabled", False),
+        pytest.param("ema: {enabled: on}", [], "ema.enabled", True),
+        pytest.param("train: {seed: 0x1F, max_steps: 10_000}", [], "train.seed", 31),
+        pytest.param("train: {seed: 0x1F, max_steps: 10_000}", [], "train.max_steps", 10_000),
+        pytest.param("", ["data.resolution=480"], "data.resolution", 480),
+        pytest.param("", ["dmd.denoising_steps=1000"], "dmd.denoising_steps", [1000.0]),
         pytest.param("train:\n  # max_steps: 5\n", [], "train.max_steps", 4000),
         pytest.param("train:\n", ["train.max_steps=5"], "train.max_steps", 5),
     ],
@@ -375,7 +383,115 @@ def test_what_a_user_writes_is_what_he_means(load_text, text, overrides, key, va
     assert nested_get(load_text(text, *overrides), key) == value
 
 
+AS_IT_STANDS = [
+    *("worst quality #1, blurry", "#1", "bad: hands", "no", "2024", "0400", "1:30", "1e-5", "@home", "~", "true", "- a", "a,"),
+    *("{a}", "[draft] a", "'tis", '"a" and "b"', '"a" # "b"', "!!int 5", "&a", "*a", "%", "`", "|", "a=b", " a ", "色", "Null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_IT_STANDS)
+@pytest.mark.parametrize(
+    "key", ["data.negative_prompt", "data.prompts", "validation.prompts", "log.wandb", "output_dir"]
+)
+def test_an_override_leaves_text_as_it_stands(load_text, key, text):
+    assert nested_get(load_text("", f"{key}={text}"), key) == text
+
+
+def test_every_key_of_text_takes_it_as_it_stands_and_no_other_does():
+    """Found by the model itself: a new key of text is in."""
+    takes_text = set()
+    for key in known_keys():
+        values: dict = {}
+        apply_override(values, f"{key}=no #1")
+        group, _, name = key.rpartition(".")
+        if (values[group] if group else values)[name] == "no #1":
+            takes_text.add(key)
+    numbers = {"data.resolution", "dmd.denoising_steps", "validation.steps"}  # beside text
+    lists = {"validation.prompts", "data.videos"}
+    defaults = {key for key in known_keys() if isinstance(nested_get(Config(), key), str)}
+    optional = {"model.teacher", "model.teacher_precision", "model.quantized_cache", "warmup.data", "data.prompts",
+                "data.prompt_column", "data.cache_dir", "log.wandb", "log.webhook", "hub.model_id"}  # fmt: skip
+    assert takes_text == defaults | optional | numbers | lists
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.negative_prompt=", ""),
+        ("data.negative_prompt=null", "null"),  # not optional
+        ("data.prompt_column=null", None),
+        ("data.prompt_column='null'", "null"),
+        ("validation.prompts=null", None),
+        ('output_dir="a b"', "a b"),
+        ("output_dir='it''s'", "it's"),
+        ('data.negative_prompt=" a\\n\\"b\\" "', ' a\n"b" '),
+        ("""data.negative_prompt='"a"'""", '"a"'),
+        ("validation.prompts=[a, 'b #1', no]", ["a", "b #1", "no"]),
+        ("data.negative_prompt=[a, b]", "[a, b]"),
+        ("warmup.kind=none", "none"),
+        ("train.mixed_precision=no", "no"),
+        ("data.aspect_ratio=9:16", "9:16"),
+        ("data.negative_prompt = a b ", "a b"),  # as in key = value
+    ],
+)
+def test_what_an_override_of_text_can_say_besides(load_text, override, value):
+    key = override.partition("=")[0].strip()
+    assert nested_get(load_text("", override), key) == value
+
+
+def test_an_override_of_clips_is_a_path_a_set_or_a_list(load_text):
+    for text, paths in (("no #1", ["no #1"]), ("{path: a, repeats: 2}", ["a"]), ("[a, {path: 'b #1'}]", ["a", "b #1"])):
+        assert [each.path for each in load_text("", f"data.videos={text}").data.videos] == paths
+    assert load_text("data: {videos: a}", "data.videos=null").data.videos is None
+
+
 # ---------------------------------------------------------------------------------------------------- what is not
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("0400", "400, or 256 if it is octal"),
+        ("0777", "777, or 511 if it is octal"),
+        ("-0400", "-400, or -256 if it is octal"),
+        ("07", "7"),
+        ("0888", "888"),
+        ("0_17", "17, or 15 if it is octal"),
+        ("0o17", "15"),
+        ("1:30", "90, if it is to the base 60"),
+        ("-1:30", "-90, if it is to the base 60"),
+        ("1:30.5", "90.5, if it is to the base 60"),
+        ("190:20:30", "685230, if it is to the base 60"),
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["train.max_steps", "train.seed", "optimizer.lr", "validation.every", "model.flow_shift"]
+)
+def test_numbers_that_can_be_read_in_two_ways(refusal, key, written, meant):
+    group, name = key.split(".")
+    says = f"not a plain decimal number; write {meant}"
+    assert refusal(f"{group}:\n  # more\n  {name}: {written}") == f"{key}: {written} (line 3): {says}"
+    assert refusal("", f"{key}={written}") == f"{key}: {written}: {says}"
+    assert refusal(f"{group}: {{{name}: '{written}'}}") == f"{key}: {written}: {says}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("dmd:\n  denoising_steps: [1000, 0500]", "dmd.denoising_steps: 0500 (line 2): not a plain"),
+        ("dmd:\n  denoising_steps: 0900", "dmd.denoising_steps: 0900 (line 2): not a plain"),
+        ("dmd:\n  denoising_steps: 1000, 0500", "dmd.denoising_steps: 0500: not a plain"),
+        ("optimizer:\n  betas:\n    - 0.9\n    - 0:59.9", "optimizer.betas: 0:59.9 (line 4): not a plain"),
+        ("data:\n  videos:\n    - path: a\n      repeats: 010", "data.videos.0.repeats: 010 (line 4): not a plain"),
+        ("data: {resolution: 0480}", "data.resolution: '0480' is neither"),
+        ("train: {max_steps: 0x_}", "train.max_steps: '0x_': input should be a valid integer"),
+        ("train: {max_steps: 12:99}", "train.max_steps: '12:99': input should be a valid integer"),
+        ("train: {max_steps: on}", "train.max_steps: 'on': input should be a valid integer"),
+        ("train: {mixed_precision: false}", "train.mixed_precision: false: it must not be true or false"),
+    ],
+)
+def test_numbers_of_lists_sets_and_sizes_are_plain_too(refusal, text, says):
+    assert refusal(text).startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -656,7 +772,7 @@ def test_only_the_first_of_several_mistakes_is_told(refusal):
 # ---------------------------------------------------------------------------------------------------- files, --set
 
 
-@pytest.mark.parametrize("text", ["train: [", "\t- x", "a: b: c", "train: {max_steps: 0x_}"])
+@pytest.mark.parametrize("text", ["train: [", "\t- x", "a: b: c"])
 def test_broken_yaml(refusal, text):
     assert refusal(text).startswith("not valid YAML: ")
 
@@ -668,7 +784,8 @@ def test_yaml_that_holds_no_groups(refusal, text):
 
 def test_keys_that_are_no_text(refusal):
     assert refusal("1: 2").startswith("1: ")
-    assert refusal("train:\n  on: 1") == "on: a key must be text (line 2)"
+    assert refusal("train:\n  true: 1") == "true: a key must be text (line 2)"
+    assert refusal("train:\n  on: 1").startswith("train.on: unknown key")
     assert refusal("? [a]\n: 2") == "a key must be text (line 1)"
 
 
@@ -835,8 +952,9 @@ def test_files_that_can_not_be_read(tmp_path):
         ("train=5", "train: 5: it must be a group of keys"),
         ("train=", "--set train=: a group of keys; set one of them, such as train.max_steps=VALUE"),
         ("a.b.c.d=1", "--set a.b.c.d=1: a.b.c.d: unknown key"),
-        ("model.base=!!python/name:os.system", "--set model.base=!!python/name:os.system: the tag"),
-        ("data.prompts='a\nb", "--set data.prompts='a\\nb: the value is not valid YAML"),
+        ("train.seed=!!python/name:os.system", "--set train.seed=!!python/name:os.system: the tag"),
+        ("validation.prompts=[a,\nb #]", "--set validation.prompts=[a,\\nb #]: the value is not valid YAML"),
+        ("data.negative_promt=bad: hands", "data.negative_promt: unknown key; did you mean data.negative_prompt?"),
         ("train.max_steps=", "train.max_steps: None: input should be a valid integer"),
         ("a.b.c=1", "a: unknown key"),
         ("train.=5", "train.: unknown key"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from model_edits import WEIGHTS, drop_tensor, edit_json, edit_tensors, remove, t
 from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.models import wan
 from dmdtrain.models.checks import DESCRIPTIONS, empty_model
 from dmdtrain.models.wan import find_folder, load_scheduler, load_text_encoder, load_transformer, load_vae
 from dmdtrain.train.plan import PUBLISHED, UMT5_XXL
@@ -81,6 +85,28 @@ def swap(names: dict[str, str]) -> None:
     names[first], names[second] = names[second], names[first]
 
 
+def variant(part: str, sharded: bool, old: bool = False) -> Edit:
+    """The weights under the names of a variant, as `save_pretrained(variant="fp16")` gives them, lately or in older releases."""
+
+    def edit(folder: Path) -> None:
+        if not sharded:
+            file = folder / WEIGHTS[part]
+            file.rename(file.with_suffix(".fp16.safetensors"))
+            return
+        shard(part)(folder)
+        table = folder / f"{WEIGHTS[part]}.index.json"
+        content = json.loads(table.read_text())
+        names = {name: re.sub(r"(-\d+-of-\d+)", r"\1.fp16" if old else r".fp16\1", name)
+                 for name in content["weight_map"].values()}  # fmt: skip
+        for name, new in names.items():
+            (table.parent / name).rename(table.parent / new)
+        content["weight_map"] = {tensor: names[name] for tensor, name in content["weight_map"].items()}
+        table.unlink()
+        table.with_name(table.name.replace(".json", ".fp16.json")).write_text(json.dumps(content))
+
+    return edit
+
+
 BAD = {
     # Weights: types, shapes and names are in the headers.
     "int64": (cast("transformer", QUERY, torch.int64), [WEIGHTS["transformer"], QUERY, "is of type I64; valid are "]),
@@ -130,6 +156,10 @@ BAD = {
     ),
     "pickled": (
         lambda folder: (folder / WEIGHTS["transformer"]).rename(folder / "transformer/diffusion_pytorch_model.bin"),
+        ["transformer holds no .safetensors weights: neither diffusion_pytorch_model.safetensors nor"],
+    ),
+    "shards without an index": (
+        both(shard("transformer"), remove(TABLE)),
         ["transformer holds no .safetensors weights: neither diffusion_pytorch_model.safetensors nor"],
     ),
     "a pipe": (
@@ -322,6 +352,53 @@ def test_weights_that_are_not_finite(broken_folder, precision, value, name):
         load_transformer(find_folder(str(folder), "model.base"), precision)
 
 
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("kind", ["a file", "shards", "older shards"])
+def test_a_variant_is_named_and_can_be_used_as_is_told(broken_folder, wan_folder, part, kind):
+    folder = broken_folder(variant(part, kind != "a file", kind == "older shards"))
+    name = Path(WEIGHTS[part]).name
+    with pytest.raises(ConfigError) as caught:
+        find_folder(str(folder), "model.base")
+    old, new = re.search(
+        r"the variant fp16: to use it, rename (\S+) to (\S+), or link it so$", str(caught.value)
+    ).groups()
+    assert f"{part} holds no .safetensors weights: neither {name} nor {name}.index.json, but" in str(caught.value)
+    (folder / part / old).rename(folder / part / new)
+    load = {"transformer": lambda f: load_transformer(f, "fp32"), "vae": load_vae}
+    load["text_encoder"] = lambda f: load_text_encoder(f, "fp32")[1]
+    ours, theirs = (load[part](find_folder(str(f), "model.base")).state_dict() for f in (folder, wan_folder))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_shards_of_a_variant_without_their_index(broken_folder):
+    folder = broken_folder(
+        both(variant("vae", True), remove(f"{WEIGHTS['vae']}.index.json".replace(".json", ".fp16.json")))
+    )
+    says = "the variant fp16: to use it, add diffusion_pytorch_model.safetensors.index.json, which lists diffusion_pytorch_"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        find_folder(str(folder), "model.base")
+
+
+@pytest.mark.parametrize("given", ["models--org--name", "models--org--name/snapshots"])
+def test_the_root_of_a_hub_cache_names_its_snapshot(wan_folder, config_file, tmp_path, given):
+    root = tmp_path / "models--org--name"
+    for name in ("blobs", "refs", "snapshots/0123abc"):
+        (root / name).mkdir(parents=True)
+    snapshot = root / "snapshots" / "0123abc"
+    says = f"model.base: {tmp_path / given}: model_index.json is missing"
+    if given == root.name:  # also where nothing is in it yet
+        refused("fit", config_file(root), "--dry-run", says=f"{says}; the model is in a folder below: give {snapshot}")
+    for part in wan_folder.iterdir():
+        (snapshot / part.name).symlink_to(part)
+    refused(
+        "fit",
+        config_file(tmp_path / given),
+        "--dry-run",
+        says=f"{says}; the model is in a folder below: give {snapshot}",
+    )
+    done("fit", config_file(snapshot), "--dry-run")
+
+
 @pytest.mark.parametrize(("part", "name"), [("vae", "post_quant_conv.bias"), ("text_encoder", SHARED)])
 def test_the_encoders_are_finite(broken_folder, part, name):
     folder = broken_folder(edit_tensors(part, lambda tensors: tensors[name].view(-1)[:1].fill_(float("nan"))))
@@ -358,6 +435,110 @@ def test_a_run_on_weights_that_are_not_finite_ends_in_one_line(broken_folder, co
     folder = broken_folder(put("transformer", QUERY, torch.full((24, 24), float("nan"))))
     refused("fit", config_file(folder), says=f"{folder}: transformer holds weights that are not finite: {QUERY}")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Starts a local hub that serves a folder as org/tiny, or one that takes requests and never answers."""
+    servers = []
+
+    def start(folder: Path | None) -> ThreadingHTTPServer:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if folder is None:
+                    let_go.wait(900)
+                    return
+                files = [f for f in folder.rglob("*") if f.is_file()]
+                path = self.path.partition("?")[0]
+                asked = folder / path.partition(f"/resolve/{COMMIT}/")[2]
+                if path.startswith("/api/models/org/tiny/tree/"):
+                    names = [(f, str(f.relative_to(folder))) for f in files]
+                    listed = [{"type": "file", "oid": "0", "size": f.stat().st_size, "path": name} for f, name in names]
+                    self.reply(json.dumps(listed).encode())
+                elif path.startswith("/api/models/org/tiny"):
+                    self.reply(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": []}).encode())
+                elif "/resolve/" in path and asked.is_file():
+                    self.reply(asked.read_bytes())
+                else:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+
+            do_HEAD = do_GET
+
+            def reply(self, body: bytes) -> None:
+                self.send_response(200)
+                for name, value in {
+                    "ETag": f'"{hash(body):x}"',
+                    "X-Repo-Commit": COMMIT,
+                    "Content-Length": len(body),
+                }.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        wan._unreachable.cache_clear()
+        return server
+
+    let_go = threading.Event()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield start
+    let_go.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    wan._unreachable.cache_clear()
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_a_model_of_the_hub_is_fetched_in_parts_and_found_again_without_it(hub, wan_folder, monkeypatch):
+    server = hub(wan_folder)
+    folder = find_folder("org/tiny", "model.base")
+    assert folder.hub and folder.path.name == COMMIT and not (folder.path / WEIGHTS["vae"]).exists()
+    weights = load_vae(folder).state_dict()
+    theirs = load_file(wan_folder / WEIGHTS["vae"])
+    assert all(torch.equal(weights[name], value) for name, value in theirs.items())
+    assert not (folder.path / WEIGHTS["transformer"]).exists()
+    with pytest.raises(ConfigError, match=r"org/none: no such folder here, and the hub did not give it: .*404"):
+        find_folder("org/none", "model.base")
+    server.shutdown()
+    server.server_close()
+    wan._unreachable.cache_clear()
+    again = find_folder("org/tiny", "model.base")
+    assert again.path == folder.path
+    assert torch.equal(load_vae(again).state_dict()["post_quant_conv.bias"], weights["post_quant_conv.bias"])
+
+
+@pytest.mark.parametrize("answers", ["never", "closed"])
+def test_a_hub_that_can_not_be_reached_is_told_of_with_what_to_do(hub, tmp_path, monkeypatch, answers):
+    monkeypatch.setattr(wan, "CONTACT", 0.5)
+    server = hub(None)
+    if answers == "closed":
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ConfigError) as caught:
+        find_folder("org/tiny", "model.teacher")
+    line = str(caught.value)
+    assert line.startswith("model.teacher: org/tiny: no such folder here, and the hub can not be reached (")
+    assert "give the path of a folder that holds the model, or set HF_HOME" in line and str(tmp_path / "cache") in line
 
 
 # ---------------------------------------------------------------------------------------------------- what is in order

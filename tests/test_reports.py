@@ -225,9 +225,44 @@ def test_a_webhook_that_does_not_answer_changes_nothing(
     let_go.set()
     assert numbers(tmp_path / "run") == alone(4)
     reason = {"hangs": "TimeoutError", "refuses": "Connection refused", "fails": "HTTP 500"}
-    told = f"webhook at http://{host} can not be reached ({reason[server]}); training goes on"
+    what = "refused it" if server == "fails" else "can not be reached"
+    told = f"webhook at http://{host} {what} ({reason[server]}); training goes on"
     assert said.count("webhook at") == said.count(told) == 1, said
     assert "secret" not in said and took < 600
+
+
+@pytest.mark.parametrize(("kind", "field"), [("Discord", "content"), ("Slack", "text")])
+def test_a_webhook_of_a_chat_takes_every_event(write, serve, tmp_path, kind, field):
+    """The server answers as theirs do: 400 where the field that is shown is missing, empty or too long."""
+    shown, refused_ = [], []
+
+    def answer(handler, body):
+        said = json.loads(body).get(field)
+        right = isinstance(said, str) and 0 < len(said) <= 2000
+        (shown if right else refused_).append(said)
+        reply(handler, 200 if right else 400)
+
+    file = write(**{"log.webhook": f"http://{serve(answer).address}/api/webhooks/1", "validation.every": 0})
+    assert "webhook at" not in done("fit", file)
+    named = "run: " if kind == "Discord" else ""
+    wanted = ["started at step 0 of 4", "saved step-000002", "saved step-000004", "done: 4 steps"]
+    assert (refused_, shown) == ([], [f"{named}{text}" for text in wanted])
+
+
+def test_a_long_event_is_cut_for_a_chat_alone(hook):
+    log = reports.Reports()
+    log._name, log.webhook = "run", reports.Webhook(f"http://{hook.address}", print)
+    log.close("stopped", "x" * 9000, 1)
+    (event,) = [event for _, _, event in hook.got]
+    assert len(event["text"]) == 9000 and event["content"] == f"run: {'x' * 1995}"
+
+
+@pytest.mark.parametrize("code", [302, 400, 404, 500])
+def test_a_webhook_that_answers_is_not_told_to_be_out_of_reach(serve, code):
+    told: list[str] = []
+    server = serve(lambda handler, body: reply(handler, code))
+    reports.Webhook(f"http://{server.address}/secret", told.append).close({})
+    assert told == [f"webhook at http://{server.address} refused it (HTTP {code}); training goes on"]
 
 
 def test_a_webhook_is_told_of_again_after_it_worked_and_never_follows(serve):

@@ -199,6 +199,11 @@ def test_the_result_trains(theirs, tmp_path, with_clips):
     }
 
 
+def test_a_place_that_can_not_be_written_is_told_before_anything_is_read(tmp_path):
+    says = "--out: /proc/run.prompts.txt can not be written: No such file or directory"
+    refused("import-config", tmp_path / "none.json", "-o", "/proc/run.yaml", says=says)
+
+
 def test_the_bare_quickstart_passes_a_dry_run(tmp_path, monkeypatch):
     """Its configuration alone, without the files that it names: with its validation prompt to begin with."""
     monkeypatch.chdir(tmp_path)

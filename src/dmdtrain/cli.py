@@ -17,6 +17,8 @@ from dmdtrain.train import interrupt
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dmdtrain.config import Config
+
 app = typer.Typer(
     name="dmdtrain",
     help="Distils Wan 2.1 text-to-video into a student that needs 3 steps instead of 50 (distribution matching distillation).",
@@ -96,6 +98,18 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _load(file: Path, overrides: list[str]) -> Config:
+    """The checked configuration. Its models are looked for at once: what is heavy takes long to import."""
+    from dmdtrain.config import load
+    from dmdtrain.models.wan import locate
+
+    config = load(file, overrides)
+    locate(config.model.base, "model.base")
+    if config.model.teacher is not None:
+        locate(config.model.teacher, "model.teacher")
+    return config
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -140,12 +154,12 @@ def fit(
     micro-batch in hand, with all that is done saved. The same command goes on.
     """
     with _one_line_errors():
-        from dmdtrain.config import load
+        from dmdtrain.strict_yaml import inline
 
         overrides = list(set_ or [])
         overrides += [] if max_steps is None else [f"train.max_steps={max_steps}"]
-        overrides += [] if output_dir is None else [f"output_dir={output_dir}"]
-        checked = load(config, overrides)
+        overrides += [] if output_dir is None else [f"output_dir={inline(output_dir)}"]
+        checked = _load(config, overrides)
 
         from dmdtrain.train.fit import fit as run_fit
         from dmdtrain.train.saver import SavesFailed, TrainingStopped
@@ -169,9 +183,7 @@ def prepare(
 ) -> None:
     """Encode ahead what a run needs: its prompts' text, its clips' latents. The same command goes on where it stopped."""
     with _one_line_errors():
-        from dmdtrain.config import load
-
-        checked = load(config, list(set_ or []))
+        checked = _load(config, list(set_ or []))
 
         from dmdtrain.train.prepare import prepare as run_prepare
 
@@ -217,10 +229,10 @@ def synthesize(
 ) -> None:
     """Make videos, latents or trajectories with the teacher, for the warm-up of a causal student."""
     with _one_line_errors():
-        from dmdtrain.config import load
+        from dmdtrain.strict_yaml import inline
 
-        overrides = list(set_ or []) + ([] if prompts is None else [f"data.prompts={prompts}"])
-        checked = load(config, overrides)
+        overrides = list(set_ or []) + ([] if prompts is None else [f"data.prompts={inline(str(prompts))}"])
+        checked = _load(config, overrides)
 
         from dmdtrain.train.synthesize import synthesize as run_synthesize
 

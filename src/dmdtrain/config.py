@@ -8,13 +8,16 @@ from __future__ import annotations
 import difflib
 import errno
 import math
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from tempfile import NamedTemporaryFile
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -50,6 +53,21 @@ def unwritable(key: str, path: Path, error: OSError, done: str = "written") -> E
     return ConfigError(f"{key}: {path} can not be {done}: {error.strerror}")
 
 
+def check_writable(folder: Path, key: str, name: str = "") -> None:
+    """A mistake in `key` unless a folder can be written, or made if it is not there. name: of a file that it is to hold."""
+    try:
+        above = next(each for each in (folder, *folder.parents) if each.is_symlink() or each.exists())
+        if not above.is_dir():
+            where = f"{folder}: {above}" if above != folder else folder
+            raise ConfigError(f"{key}: {where} is not a folder")
+        if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+            raise ConfigError(f"{key}: {folder} can not be written: {above} is read-only or another user's")
+        with NamedTemporaryFile(dir=above, prefix=f".{name}", suffix=".partial"):  # permissions do not tell all: /proc
+            pass
+    except OSError as error:
+        raise unwritable(key, folder / name, error) from None
+
+
 @contextmanager
 def reading(key: str) -> Iterator[None]:
     """What may not be read inside is a mistake in `key`."""
@@ -65,19 +83,35 @@ class Group(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, values: Any) -> Any:
-        """A group with everything commented out is empty; true and false are no numbers."""
+        """A group with everything commented out is empty; true and false are no numbers, nor are 0400 and 1:30."""
         if values is None:
             return {}
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(str(name))
-            if (
-                isinstance(value, bool)
-                and field is not None
-                and field.annotation not in (bool, bool | None)
-                and name != "mixed_precision"
-            ):
+            if field is None:
+                continue
+            if isinstance(value, bool) and field.annotation not in (bool, bool | None):
                 raise ValueError(f"{name}: {str(value).lower()}: it must not be true or false")
+            if _holds_numbers(field.annotation):
+                _check_numbers(value, str(name))
         return values
+
+
+def _holds_numbers(kind: Any) -> bool:
+    """Whether an annotation is of numbers: alone, in lists, or null."""
+    parts = get_args(kind)[: 1 if hasattr(kind, "__metadata__") else None]  # of Annotated, the type
+    return all(_holds_numbers(part) for part in parts) if parts else kind in (int, float, type(None))
+
+
+def _check_numbers(value: Any, name: str) -> None:
+    """ValueError where numbers, also those of a list or a text with commas, can be read in two ways."""
+    for item in value if isinstance(value, list) else ():
+        _check_numbers(item, name)
+    for part in value.split(",") if isinstance(value, str) else ():
+        try:
+            strict_yaml.check_number(value if part == value else part.strip())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def _short(value: Any) -> str:
@@ -174,16 +208,6 @@ def _repository(value: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
         raise ValueError(f"{_short(value)}: it must be NAME/REPO, such as me/wan-3step")
     return value
-
-
-def _yaml_no(value: Any) -> Any:
-    """YAML 1.1 reads a bare `no` as false."""
-    return "no" if value is False else value
-
-
-def _yaml_ratio(value: Any) -> Any:
-    """YAML 1.1 reads a bare 16:9 as a number to the base 60."""
-    return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
 
 
 def _split_numbers(value: Any) -> Any:
@@ -500,7 +524,7 @@ class Data(Group):
     """Share of fake-score samples that are trained without their caption (for fake_score_guidance_scale)."""
     resolution: int | str = "832x480"
     """Training size in pixels: WIDTHxHEIGHT, or a number N for about N x N pixels in `aspect_ratio`."""
-    aspect_ratio: Annotated[str, BeforeValidator(_yaml_ratio)] = "16:9"
+    aspect_ratio: str = "16:9"
     """width:height, where `resolution` is a number."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = 512
     """Text tokens, zero-padded. `WanPipeline` uses 512 unless told otherwise."""
@@ -607,7 +631,7 @@ class Train(Group):
     deterministic: bool = False
     """On a GPU: kernels that add in the same order each time, so that a resumed run comes to the same bits there too; slower.
     Needs model.attention auto or native. On a CPU every run does."""
-    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_yaml_no)] = "bf16"
+    mixed_precision: Literal["no", "bf16"] = "bf16"
     """Autocast of the transformer passes."""
     seed: Seed = 0
     """Of adapters, noise, timesteps and the order of prompts."""
@@ -704,8 +728,8 @@ class Log(Group):
     """Project of Weights & Biases that gets the same numbers and videos (`pip install 'dmdtrain[wandb]'`); WANDB_MODE and
     its other variables hold. A resumed run goes on in the same run there. None: not used."""
     webhook: Annotated[str, AfterValidator(_web_address)] | None = None
-    """Address that gets a JSON POST when the run starts, saves, validates, raises an alarm, stops and is done. It is in the
-    run's config.yaml, and neither printed nor uploaded. None: not used."""
+    """Address that gets a JSON POST when the run starts, saves, validates, raises an alarm, stops and is done; Slack shows its
+    `text`, Discord its `content`. It is in the run's config.yaml, and neither printed nor uploaded. None: not used."""
 
 
 class Alarms(Group):
@@ -1013,7 +1037,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file and applies `key=value` overrides (values are YAML, but for output_dir's)."""
+    """Reads a YAML file and applies `key=value` overrides, as `apply_override` reads them."""
     return build(read(path, overrides)[0], str(path), overrides or ())
 
 
@@ -1063,15 +1087,54 @@ def _key_of(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
+@cache
+def _takes() -> dict[str, set[str]]:
+    """Kinds of values that each key takes, as JSON Schema names them: string, null, array ..."""
+    whole = Config.model_json_schema()
+
+    def kinds(part: dict[str, Any]) -> set[str]:
+        options = part.get("anyOf")
+        return set().union(*map(kinds, options)) if options else {part.get("type", "object")}
+
+    def of(key: str) -> dict[str, Any]:
+        group, _, name = key.rpartition(".")
+        return (whole["$defs"][groups()[group].__name__] if group else whole)["properties"][name]
+
+    return {key: kinds(of(key)) for key in known_keys()}
+
+
+QUOTED = re.compile(r"""(?s)"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'""")
+
+
+def _is_yaml(text: str, takes: set[str]) -> bool:
+    """Whether an override's value is read as YAML by a key that takes these kinds of values."""
+    return (
+        "string" not in takes
+        or ("null" in takes and text == "null")
+        or ("integer" in takes and text.isdecimal())
+        or ("array" in takes and text[:1] + text[-1:] == "[]")
+        or ("object" in takes and text[:1] + text[-1:] == "{}")
+        or QUOTED.fullmatch(text) is not None
+    )
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Puts the value of `key=value` into unchecked values; ConfigError where it is none."""
+    """Puts the value of `key=value` into unchecked values; ConfigError where it is none.
+
+    A key that takes text takes its value as it stands, whatever YAML would make of it: `a #1`, `no`, nothing at all. What can
+    be told apart from text is YAML there, too: `null` where the key may be null, a list in brackets where it may be one, and a
+    value that stands in quotes as a whole. Any other key's value is YAML.
+    """
     key, sign, text = override.partition("=")
+    text = text.strip() if key != key.rstrip() else text  # key = value
     key = key.strip()
     shown = _short(override)[1:-1]
     if not sign or not key:
         raise ConfigError(f"--set {shown}: it must be key=value, such as train.max_steps=100")
+    takes = {"object"} if key in groups() else _takes().get(key, {"string"})
     try:
-        value = text if key == "output_dir" else strict_yaml.parse(text)  # a folder may be called 2024
+        value = strict_yaml.parse(text) if _is_yaml(text, takes) else text
+        value = str(value) if isinstance(value, str) else value  # without a line: a command has none
     except ValueError as error:
         reason = "the value is not valid YAML" if str(error).startswith("not valid YAML") else str(error)
         raise ConfigError(f"--set {shown}: {reason}") from None

@@ -19,7 +19,10 @@ Every key of a run's YAML file. This page is made from `src/dmdtrain/config.py` 
 - `dmdtrain config show CONFIG` says what a file resolves to, and where each value is from.
 - `dmdtrain config schema` is the JSON Schema with which editors complete and check a file: `docs/config.schema.json`,
   which a first line `# yaml-language-server: $schema=PATH` names.
-- `--set group.key=value` overrides any key. Unknown keys are refused. Numbers are finite.
+- `--set group.key=value` overrides any key. A key that takes text takes the value as it stands (`worst quality #1`, `no`, nothing
+  at all); `null` unsets one that may be null, and a value in quotes is read without them, so `"null"` is text. Lists in brackets
+  and the values of all other keys are YAML.
+- Unknown keys are refused. Numbers are finite and decimal; one that is read differently elsewhere (0400, 1:30) is refused.
 - `dmdtrain import-config config.json` translates a configuration of SimpleTuner.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -12,14 +13,31 @@ MAX_DEPTH = 16
 MAX_DIGITS = 100
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "merge")}
+# What a bare word is besides text, and how it begins. Narrower than YAML 1.1, for which `no` is false, 0400 is 256, 16:9 is 969
+# and 2026-01-31 is a date. 1e-5 stays text, as the files that PyYAML writes have it; keys of numbers take it all the same.
+BARE = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": ("[-+]?(?:0|[1-9][0-9_]*|0b[01]+|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+# Numbers that are read in one way here and in another one there: with a leading 0, to the base 8 or to the base 60.
+AMBIGUOUS = re.compile(r"[-+]?(?:0[0-9_]{1,99}|0o[0-7]{1,99}|[0-9]{1,20}(?::[0-5]?[0-9]){1,9}(?:\.[0-9]{0,20})?)")
+
+
+class Placed(str):
+    """A bare word that is text here and could be meant as a number; line: where it stands."""
+
+    line: int
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without tags, dates and deep nesting."""
+    """SafeLoader without tags and deep nesting, and with the bare words of `BARE` alone."""
 
-    # A bare 2026-01-31 is text, as an output_dir may be called.
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{TAG}null", f"{TAG}merge", f"{TAG}value")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -38,6 +56,42 @@ class _Loader(yaml.SafeLoader):
         elif isinstance(event, yaml.CollectionEndEvent):
             self.depth -= 1
         return event
+
+
+for _kind, (_pattern, _first) in BARE.items():
+    _Loader.add_implicit_resolver(TAG + _kind, re.compile(f"(?:{_pattern})$"), list(_first))
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if node.style is not None or not AMBIGUOUS.fullmatch(node.value):
+        return node.value
+    assert node.start_mark is not None
+    placed = Placed(node.value)
+    placed.line = node.start_mark.line + 1
+    return placed
+
+
+_Loader.add_constructor(f"{TAG}str", _text)
+
+
+def check_number(text: str) -> None:
+    """Raises ValueError, with what may have been meant, where a number is written in a way that is read differently elsewhere."""
+    if not AMBIGUOUS.fullmatch(text):
+        return
+    digits = text.replace("_", "")
+    if ":" in digits:
+        sign = -1 if digits.startswith("-") else 1
+        value = 0.0
+        for part in digits.lstrip("-+").split(":"):
+            value = 60 * value + float(part)
+        meant = f"{sign * value:.15g}, if it is to the base 60"
+    elif "o" in digits:
+        meant = f"{int(digits, 8)}"
+    else:
+        octal = None if {"8", "9"} & set(digits) else int(digits, 8)
+        meant = f"{int(digits)}" + (f", or {octal} if it is octal" if octal not in (None, int(digits)) else "")
+    where = f" (line {text.line})" if isinstance(text, Placed) else ""
+    raise ValueError(f"{text}{where}: not a plain decimal number; write {meant}")
 
 
 def _mistake(what: str, place: yaml.Event | yaml.Node) -> ValueError:
@@ -60,17 +114,10 @@ def parse(text: bytes | str, most: int = MAX_BYTES) -> Any:
         if node is None:
             return None
         _Check(most).walk(node, 1)
-        return _copy(_construct(loader, node))
+        return _copy(loader.construct_document(node))
     except yaml.reader.ReaderError as error:
         raise ValueError(f"cannot be read: {_one_line(error)}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {_one_line(error)}") from None
-
-
-def _construct(loader: _Loader, node: yaml.Node) -> Any:
-    try:
-        return loader.construct_document(node)
-    except ValueError as error:  # such as 0x_, which the resolver takes for a number
         raise ValueError(f"not valid YAML: {_one_line(error)}") from None
 
 

@@ -45,6 +45,7 @@ def check_folder(path: Path, weights: bool) -> dict[str, dict[str, Any]]:
     Raises:
         BadFolder: not a Wan 2.1 text-to-video folder, or a part of it is missing or broken.
     """
+    _check_place(path)
     _check_index(_read_json(path, "model_index.json"))
     configs = {part: _read_json(path, file) for part, file in DESCRIPTIONS.items()}
     for part, wanted in CLASSES.items():
@@ -64,6 +65,16 @@ def check_folder(path: Path, weights: bool) -> dict[str, dict[str, Any]]:
         for part, model in models.items():
             check_weights(path / part, model)
     return configs
+
+
+def _check_place(path: Path) -> None:
+    """BadFolder where the model lies in a folder below, such as a snapshot of the hub's cache."""
+    if (path / "model_index.json").exists():
+        return
+    snapshots = [folder for folder in path.glob("snapshots/*") if folder.is_dir()]
+    if below := snapshots or [file.parent for file in path.glob("*/model_index.json")]:
+        newest = max(below, key=lambda folder: folder.stat().st_mtime)
+        raise BadFolder(f"model_index.json is missing; the model is in a folder below: give {newest}")
 
 
 def _check_index(index: dict[str, Any]) -> None:
@@ -204,13 +215,27 @@ def _weight_map(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
+def _no_weights(folder: Path) -> str:
+    """That a part's weights are not there under the names that are read, and what to do where a variant of them is."""
+    stem = STEMS[folder.name]
+    name = f"{stem}.safetensors"
+    said = f"{folder.name} holds no .safetensors weights: neither {name} nor {name}.index.json"
+    for pattern, wanted in (("safetensors.index.*.json", f"{name}.index.json"), ("*safetensors", name)):
+        for file in sorted(folder.glob(f"{stem}[.-]{pattern}")):
+            whole = re.sub(r"-\d+-of-\d+", "", file.name)  # a shard's number stands before or after the variant
+            if found := re.fullmatch(rf"{stem}\.(?:safetensors\.index\.)?(\w+)\.(?:json|safetensors)", whole):
+                shard = f"add {name}.index.json, which lists {file.name} and the others"
+                use = f"rename {file.name} to {wanted}, or link it so" if whole == file.name else shard
+                return f"{said}, but the variant {found[1]}: to use it, {use}"
+    return said
+
+
 def check_weights(folder: Path, model: nn.Module) -> None:
     """BadFolder unless a part's files hold each tensor of the model, in its shape, and no others."""
     part = folder.name
     mapped = _weight_map(folder)
     if not mapped and not weight_files(folder)[0].is_file():
-        name = weight_files(folder)[0].name
-        raise BadFolder(f"{part} holds no .safetensors weights: neither {name} nor {name}.index.json")
+        raise BadFolder(_no_weights(folder))
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     expected = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     found: set[str] = set()

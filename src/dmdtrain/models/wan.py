@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from dmdtrain.config import ConfigError, reading
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 WAN_TINY = "wan-tiny"
+CONTACT = 10.0  # seconds in which the hub has to answer at all
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,7 @@ def find_folder(name: str, key: str) -> WanFolder:
     Raises:
         ConfigError: not found, not a Wan 2.1 text-to-video folder, or a part of it is missing or broken.
     """
-    hub = False
-    if name == WAN_TINY:
-        path = Path(str(files("dmdtrain") / "assets" / WAN_TINY))
-    else:
-        path = Path(name).expanduser()
-        with reading(key):
-            there = path.is_dir()
-        if not there:
-            if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-                raise ConfigError(
-                    f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}"
-                )
-            path, hub = _download(name, ["*.json", "tokenizer/*"], key), True
+    path, hub = locate(name, key)
     try:
         configs = check_folder(path, weights=not hub)
     except BadFolder as error:
@@ -102,14 +93,62 @@ def find_folder(name: str, key: str) -> WanFolder:
     return WanFolder(path, name, hub, *(configs[part] for part in ("transformer", "vae", "text_encoder", "scheduler")))
 
 
-def _download(name: str, patterns: list[str], key: str) -> Path:
-    from huggingface_hub import snapshot_download
+def locate(name: str, key: str) -> tuple[Path, bool]:
+    """The folder for a path, a hub id or `wan-tiny`, unchecked, and whether it is a snapshot from the hub. Imports nothing heavy.
 
+    Raises:
+        ConfigError: not found.
+    """
+    if name == WAN_TINY:
+        return Path(str(files("dmdtrain") / "assets" / WAN_TINY)), False
+    path = Path(name).expanduser()
+    with reading(key):
+        if path.is_dir():
+            return path, False
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(f"{key}: {name}: no such folder; valid are a Diffusers folder, org/name or {WAN_TINY}")
+    return _download(name, ["*.json", "tokenizer/*"], key), True
+
+
+def _download(name: str, patterns: list[str], key: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    unreachable = _unreachable(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=unreachable is not None))
     except Exception as error:  # the hub raises many kinds; all mean that the model can not be had
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{key}: {name}: no such folder here, and the hub did not give it: {reason}") from None
+        said = f"{key}: {name}: no such folder here, and the hub"
+        if unreachable is None:
+            raise ConfigError(f"{said} did not give it: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(
+            f"{said} can not be reached ({unreachable}); give the path of a folder that holds the model, or set HF_HOME to that "
+            f"of a cache that does (looked in {constants.HF_HUB_CACHE}); HF_HUB_OFFLINE=1 asks no server"
+        ) from None
+
+
+@cache
+def _unreachable(name: str) -> str | None:
+    """Why the hub gives no answer; None: it does. Asked once, within `CONTACT` in all: a download's own limits are long, and hold
+    anew for each address of the host and each try."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    problem: list[str] = [f"no answer in {CONTACT:g} s"]
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, timeout=CONTACT)
+        except (HfHubHTTPError, HFValidationError):
+            pass  # an answer, which the download will get and tell
+        except Exception as error:  # of whichever library it connects by
+            problem[0] = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return
+        problem.clear()
+
+    asking = Thread(target=ask, name="hub", daemon=True)
+    asking.start()
+    asking.join(CONTACT)
+    return next(iter(problem), None)
 
 
 def load_transformer(

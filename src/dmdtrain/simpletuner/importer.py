@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dmdtrain.config import (
     ConfigError,
     VideoSet,
     build,
+    check_writable,
     groups,
     known_keys,
     latent_frames,
@@ -212,11 +214,12 @@ def import_config(file: Path, data: Path | None, out: Path, *, causal: bool) -> 
     prompts = out.with_suffix(".prompts.txt")
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out: {out}: it must end in .yaml")
+    if not os.path.isdir(out.parent):
+        raise ConfigError(f"--out: {out.parent}: no such folder")
+    check_writable(out.parent, "--out", prompts.name)
     for path in (out, prompts):
         if path.exists():
             raise ConfigError(f"--out: {path} exists; choose another name")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out: {out.parent}: no such folder")
     config, made = translate(file, data, out, causal=causal)
     text = yaml_text(config, made)
     try:

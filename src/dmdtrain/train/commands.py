@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, build, check_blocks, check_steps, unwritable
+from dmdtrain.config import (
+    VAE_TEMPORAL_FACTOR,
+    ConfigError,
+    build,
+    check_blocks,
+    check_steps,
+    check_writable,
+    unwritable,
+)
 from dmdtrain.data.prompts import load_prompts
 from dmdtrain.export import (
     StudentError,
@@ -113,8 +122,9 @@ def validate(
     seed = settings.seed if seed is None else seed
     weights = _pick_weights(ckpt, weights)
     folder = out or _free_name(run.output_dir / "validate" / ckpt.name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out: {folder} exists and is not an empty folder; choose another")
+    check_writable(folder, "--out")
 
     shape = _shape(run, frames)
     renderer = _renderer(run, ckpt, weights, console)
@@ -147,6 +157,7 @@ def generate(
 ) -> None:
     if out.suffix != ".mp4":
         raise ConfigError(f"--out: {out}: the name must end in .mp4")
+    check_writable(out.parent, "--out", out.name)
     if out.exists():
         raise ConfigError(f"--out: {out} exists; choose another name")
     if not prompt.strip():
@@ -210,9 +221,11 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
         raise ConfigError(f"--ckpt: {ckpt}: its student was trained whole (student.kind: full); it has no LoRA")
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: {out}: the name must end in .safetensors")
+    check_writable(out.parent, "--out", out.name)
     scheduler_folder = out.with_name(f"{out.stem}_scheduler")
-    if scheduler_folder.exists():
-        raise ConfigError(f"--out: {scheduler_folder} exists; choose another name")
+    for path in (out, scheduler_folder):
+        if path.exists():
+            raise ConfigError(f"--out: {path} exists; choose another name")
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
     _check_adapter(ckpt, values, student.rank)
     _make_folder(out.parent, "--out")
@@ -251,6 +264,7 @@ def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | Non
     precision = precision or ("fp32" if run.config.model.precision == "fp32" else "bf16")
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision: {precision}: valid are fp32, bf16")
+    check_writable(out.parent, "--out", out.name)
     if out.exists():
         raise ConfigError(f"--out: {out} exists; choose another name")
     student, settings = run.config.student, run.config.validation

@@ -157,7 +157,7 @@ def run_stage(
     log = MetricsLog(folder, stage.step, config.log.tensorboard, console, reports)
     saver, paused, told = Saver(stage, config.checkpoint, console), False, 0.0
     reports.enter(stage.step, unit)
-    reports.event("started", f"{unit} {stage.step} of {total}")
+    reports.event("started", f"started at {unit} {stage.step} of {total}")
     try:
         with interrupt.patiently(), Live(total, stage.step, console, unit) as live:
             with _rescuing(stage, saver, console, unit):

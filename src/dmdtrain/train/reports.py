@@ -26,6 +26,7 @@ from dmdtrain.train.checkpoint import CHECKPOINTS, list_checkpoints, step_folder
 from dmdtrain.train.hub import Hub, check_hub
 from dmdtrain.train.setup import Run
 
+CONTENT = 2000  # letters that Discord takes
 TIMEOUT = 5.0  # seconds that a webhook may take to answer
 WAITING = 64  # events for it; further ones are lost
 WANDB_START, WANDB_END = 30.0, 15.0  # seconds that its servers may take; what is not sent stays in the run's folder
@@ -78,7 +79,8 @@ class Webhook:
                     self._failing = False
             except Exception as error:
                 if not self._failing:
-                    self._tell(f"webhook at {self.host} can not be reached ({_reason(error)}); training goes on")
+                    what = "refused it" if isinstance(error, HTTPError) else "can not be reached"
+                    self._tell(f"webhook at {self.host} {what} ({_reason(error)}); training goes on")
                 self._failing = True
 
     def close(self, last: dict[str, Any]) -> None:
@@ -203,9 +205,11 @@ class Reports:
             self.wandb.log({f"{self._prefix}step": step} | videos)
 
     def _event(self, event: str, text: str) -> dict[str, Any]:
+        """What a webhook gets. Slack shows `text`; Discord shows `content`, and refuses what has none."""
         numbers = {key: value if math.isfinite(value) else str(value) for key, value in self._numbers.items()}
         where = {"run": self._name, "stage": self._stage or "dmd", "step": self._step}
-        return {"event": event} | where | {"text": text, "numbers": numbers}
+        said = {"text": text, "content": f"{self._name}: {text}"[:CONTENT]}
+        return {"event": event} | where | said | {"numbers": numbers}
 
     def event(self, event: str, text: str, step: int | None = None) -> None:
         """started, checkpoint, validation or alarm."""
@@ -242,6 +246,6 @@ def reporting(run: Run, console: Console) -> Iterator[Reports]:
     except BaseException as error:
         if reports.hub is not None:
             reports.hub.stop()
-        reports.close("stopped", " ".join(str(error).split()) or type(error).__name__, 1)
+        reports.close("stopped", f"stopped: {' '.join(str(error).split()) or type(error).__name__}", 1)
         raise
     reports.close("done", f"done: {run.config.train.max_steps} steps", 0)

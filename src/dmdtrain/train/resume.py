@@ -12,13 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import BRANCH_OFF, Config, ConfigError, unwritable
+from dmdtrain.config import BRANCH_OFF, Config, ConfigError, check_writable, unwritable
 from dmdtrain.files import is_partial, make_folder
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP, step_folder
 from dmdtrain.train.clips import REPORT
 from dmdtrain.train.log import METRICS
-from dmdtrain.train.setup import check_writable
 
 LOCK = ".lock"
 BRANCH = "branch.txt"  # of a run that began as a branch: the checkpoint that it went on from

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,16 @@ import torch
 from rich.console import Console
 
 from dmdtrain import config as configuration
-from dmdtrain.config import Config, ConfigError, FakeScore, Student, latent_frames, parse_resolution, reading
+from dmdtrain.config import (
+    Config,
+    ConfigError,
+    FakeScore,
+    Student,
+    check_writable,
+    latent_frames,
+    parse_resolution,
+    reading,
+)
 from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts, split
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.attention import AUTO, BACKENDS, pick_attention
@@ -289,16 +297,6 @@ def check_adapters(run: Run) -> None:
 def quantized_cache(config: Config) -> Path | None:
     given = config.model.quantized_cache
     return None if given is None else Path(given).expanduser()
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """ConfigError unless a folder can be written, or made where it is not there."""
-    above = next(each for each in (folder, *folder.parents) if each.exists())
-    if not above.is_dir():
-        where = f"{folder}: {above}" if above != folder else folder
-        raise ConfigError(f"{key}: {where} is not a folder")
-    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-        raise ConfigError(f"{key}: {folder} can not be written: {above} is read-only or another user's")
 
 
 def _quantize_on(config: Config, device: torch.device) -> torch.device | None:

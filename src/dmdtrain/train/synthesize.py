@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from dmdtrain.config import Config, ConfigError
+from dmdtrain.config import Config, ConfigError, check_writable
 from dmdtrain.data.latents import LatentFolder
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.files import write_text
@@ -99,6 +100,8 @@ def synthesize(
         raise ConfigError(f"--what: {what}: valid are {', '.join(KINDS)}")
     if every_state and what != "trajectories":
         raise ConfigError(f"--every-state: {what} have no states; valid is --what trajectories")
+    if not os.path.isfile(out):  # of which more is told below
+        check_writable(out, "--out")
     run = setup.resolve(config)
     if not run.prompts:
         run = with_captions(run, scan(run, console))
