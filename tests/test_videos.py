@@ -316,7 +316,7 @@ PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/hosts\n#EXT-X-END
 
 # What the clip is, and what the report says of it.
 BAD = {
-    "empty file": (lambda f: f.write_bytes(b""), ".mp4", "it can not be decoded"),
+    "empty file": (lambda f: f.write_bytes(b""), ".mp4", "it is an empty file"),
     "text": (lambda f: f.write_text("hello " * 100), ".mp4", "it can not be decoded"),
     "zeros": (lambda f: f.write_bytes(bytes(5000)), ".mkv", "it can not be decoded"),
     "noise": (lambda f: f.write_bytes(bytes((i * i) % 251 for i in range(5000))), ".avi", "it can not be decoded"),
@@ -362,7 +362,7 @@ BAD = {
     ),
     "a huge image": (huge, ".png", "it has more than 67108864 pixels"),
     "huge frames": (huge_frames, ".avi", "its frames have 12000 x 12000 pixels; valid are 1 to 67108864"),
-    "an empty image": (lambda f: f.write_bytes(b""), ".jpg", "it can not be decoded"),
+    "an empty image": (lambda f: f.write_bytes(b""), ".jpg", "it is an empty file"),
     "an image named as a video": (lambda f: Image.new("RGB", (64, 64)).save(f, "JPEG"), ".mp4", "can not be decoded"),
     "a video named as an image": (
         lambda f: write_clip(f.with_suffix(".mkv"), 6, caption=None).rename(f),

@@ -64,7 +64,7 @@ def read_header(file: Path) -> Header:
     with _video(file) as video:
         frame = next(video.frames(), None)
         if frame is None:
-            raise ValueError(video.damage or "it holds no frames")
+            raise ValueError(video.damage or "it holds no frames that can be decoded")
         width, height = display_size(frame, video.stream)
         interlaced = frame.interlaced_frame
     with _video(file) as video:
@@ -114,30 +114,37 @@ def read_clip(
     Raises:
         ValueError: the clip can not be used, and why; `Unreadable` where that may pass.
     """
-    kept: list[torch.Tensor] = []
-    if file.suffix.lower() in IMAGES:
+
+    def fit(pixels: np.ndarray, shown_width: int, shown_height: int) -> torch.Tensor:
+        return fitted(pixels, shown_width / shown_height, height, width, crop, place)
+
+    def from_image() -> list[torch.Tensor]:
         with _image(file) as image:
             lasting = _durations(image)
             check_length(Header(*image.size, len(lasting), sum(lasting)), num_frames, fps, len(lasting) == 1, interval)
-            for _, seen, times in _chosen(_pictures(image, lasting), lasting[-1], num_frames, fps, interval):
-                pixels = _rgb(ImageOps.exif_transpose(seen))
-                aspect = pixels.shape[1] / pixels.shape[0]
-                kept += [fitted(pixels, aspect, height, width, crop, place)] * times
-        return torch.stack(kept, 1)
-    for threads in (True, False):  # threads may tell of damage too early
-        kept.clear()
+            chosen = _chosen(_pictures(image, lasting), lasting[-1], num_frames, fps, interval)
+            return [made for _, seen, times in chosen for made in [fit(_rgb(seen), *seen.size)] * times]
+
+    def from_video(threads: bool) -> tuple[list[torch.Tensor], str | None]:
+        """And what is wrong with them or with the one after them."""
+        kept, last = list[torch.Tensor](), -1
         with _video(file) as video:
             timed = video.timed(threads) if fps is not None else ((frame, 0.0) for frame in video.frames(threads))
-            frames, last = deinterlaced(timed), -1
+            frames = deinterlaced(timed)
             for number, frame, times in _chosen(frames, video.interval, num_frames, fps, interval):
-                shown_width, shown_height = display_size(frame, video.stream)
-                made = fitted(picture(frame), shown_width / shown_height, height, width, crop, place)
+                made = fit(picture(frame), *display_size(frame, video.stream))
                 kept += [to_bt709(made, frame) if is_wide(frame) else made] * times
                 last = number
-            damage = video.damage if len(kept) < num_frames else video.damage_to(last, frames)
-        if damage is None:
-            break
-    if damage is not None:
+            return kept, video.damage if len(kept) < num_frames else video.damage_to(last, frames)
+
+    damage = None
+    if file.suffix.lower() in IMAGES:
+        kept = from_image()
+    else:
+        kept, damage = from_video(threads=True)
+        if damage:  # threads tell of it too early
+            kept, damage = from_video(threads=False)
+    if damage:
         raise ValueError(damage)
     if len(kept) < num_frames:
         at = f" at {fps:g} a second" if fps is not None else f", 1 in {interval}" if interval > 1 else ""
@@ -270,10 +277,10 @@ def _numbers(image: Image.Image) -> range:
 
 
 def _pictures(image: Image.Image, lasting: list[float]) -> Iterator[tuple[Image.Image, float]]:
-    """The pictures of an animation with their seconds since the first."""
+    """The pictures of an animation, upright, with their seconds since the first."""
     for number, start in zip(_numbers(image), accumulate(lasting, initial=0.0), strict=False):
         image.seek(number)
-        yield image, start
+        yield ImageOps.exif_transpose(image), start  # a copy, which stays as it is
 
 
 @contextmanager
