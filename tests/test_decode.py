@@ -228,7 +228,6 @@ REORDERED = [
     ("a.avi", "libx264"),
     ("a.asf", "libx264"),
     ("a.wmv", "mpeg2video"),
-    ("a.avi", "libx265"),
     ("a.mp4", "libx264"),
 ]
 
@@ -501,8 +500,10 @@ def test_damage_is_told_where_it_is_in_what_is_taken(tmp_path, kind, fps):
 def test_a_clip_whose_end_is_missing_is_read_as_far_as_it_goes(tmp_path, kind):
     file, _ = damaged(tmp_path, kind, 0)
     whole = read_clip(file, 6, 32, 48)
-    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * 0.7)])
-    assert 12 <= read_header(file).frames < 24
+    with av.open(str(file)) as container:
+        cut = [packet.pos + packet.size // 2 for packet in container.demux(video=0) if packet.size][14]
+    file.write_bytes(file.read_bytes()[:cut])
+    assert 13 <= read_header(file).frames <= 15
     assert torch.equal(read_clip(file, 6, 32, 48), whole)
     with pytest.raises(ValueError, match=r"it is damaged|it has \d+ frames; 24 are needed"):
         read_clip(file, 24, 32, 48)

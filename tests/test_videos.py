@@ -636,6 +636,15 @@ def test_images_serve_runs_on_one_frame(resolve, clips):
     assert sample.size == (48, 32) and report(run) == []
 
 
+def test_animated_images_serve_runs_on_several_frames(resolve, clips):
+    pictures = [Image.fromarray(scene(number, 32, 48)) for number in range(6)]
+    for suffix in ("webp", "png"):
+        pictures[0].save(clips / f"{suffix}.{suffix}", save_all=True, append_images=pictures[1:], duration=100)
+        (clips / f"{suffix}.txt").write_text("a cat")
+    run = resolve({"data.fps": 10})
+    assert len(prepare_videos(run, QUIET)["data.videos"].samples) == 2 and report(run) == []
+
+
 def test_nothing_usable_is_refused_and_reported(resolve, good, clips, settings):
     put(good, clips, "a", "")
     put(good, clips, "b", "")
@@ -682,6 +691,30 @@ def test_lines_of_the_index_that_are_no_sources_are_read_again(resolve, good, cl
     for wrong in ({"header": [48, 32]}, {"header": ["a", 1, 2, 3]}, {"header": 5}, {"sha256": 5}, {"failed": [1]}):
         index.write_text(json.dumps(line | wrong) + "\n")
         assert len(scan(run, QUIET)["data.videos"].samples) == 1
+
+
+def test_what_an_earlier_version_found_is_looked_for_again(resolve, good, clips):
+    """Its lines have four numbers and no version; what failed then may work now."""
+    file = put(good, clips)
+    run = resolve()
+    scan(run, QUIET)
+    index = run.output_dir / "cache" / "videos" / "sources.jsonl"
+    line = json.loads(index.read_text())
+    assert line.pop("version") == 2 and line["header"] == [48, 32, 6, pytest.approx(0.375), False]
+    old = line | {"header": [48, 32, 1, 0.0], "failed": {run_clips.how_read(run): "it has 1 frames"}}
+    for wrong in (old, old | {"header": None, "bad": "it holds no frames"}):
+        index.write_text(json.dumps(wrong) + "\n")
+        assert [sample.file for sample in scan(run, QUIET)["data.videos"].samples] == [file]
+    assert json.loads(index.read_text().splitlines()[-1]) == line | {"version": 2}
+
+
+def test_interlaced_clips_are_counted(resolve, good, clips):
+    put(good, clips)
+    write_clip(clips / "tv.mp4", 6, options={"x264-params": "tff=1"}, caption="a dog")
+    run = resolve()
+    for _ in range(2):  # a second start opens nothing
+        text = "\n".join(run_clips.describe_clips(run, scan(run, QUIET)))
+        assert "2 clips" in text and "1 of them are interlaced, and are deinterlaced" in text
 
 
 def test_warnings_are_as_before_after_images_are_read_in_threads(resolve, clips, monkeypatch):
