@@ -67,9 +67,8 @@ def latent_name(run: Run, codec: str, sample: Sample) -> str:
     height, width = sample.size
     data = run.config.data
     frames = (num_frames(run), data.fps, data.frame_interval)
-    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16")
-    if not sample.still:  # images are decoded as they were at first
-        parts = (*parts, DECODING)
+    decoding = () if sample.still else (DECODING,)  # images are decoded as they were at first
+    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16", *decoding)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
