@@ -32,12 +32,16 @@ def write_clip(
     caption: str | None = "a red cat runs",
     frames: list[np.ndarray] | None = None,
     colorspace: str | None = None,
+    options: dict[str, str] | None = None,
+    matrix: list[int] | None = None,
+    colours: dict[str, int] | None = None,
 ) -> Path:
     """A clip of `scene`s with its caption beside it. size: (height, width). times: of the frames, in seconds, where they are
-    not evenly spaced. rotation: degrees counterclockwise by which players turn it. aspect: of a pixel."""
+    not evenly spaced. rotation: degrees counterclockwise by which players turn it; or matrix: FFmpeg's display matrix. aspect: of
+    a pixel. frames: uint8 with 3 or 4 channels, or uint16 with 3. colours: what the clip says of them, by FFmpeg's numbers."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(file), "w") as container:
-        options = {"crf": "4"} if codec == "libx264" else QUIET.get(codec, {})
+        options = ({"crf": "4"} if codec == "libx264" else QUIET.get(codec, {})) | (options or {})
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = pixels
@@ -45,11 +49,16 @@ def write_clip(
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        for name, value in (colours or {}).items():
+            setattr(stream.codec_context, name, value)
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         for number in range(count):
             image = scene(number, *size) if frames is None else frames[number]
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            kind = "rgb48le" if image.dtype == np.uint16 else "rgba" if image.shape[2] == 4 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(image, format=kind)
             if colorspace is not None:
                 frame = frame.reformat(format=pixels, dst_colorspace=colorspace)
             if times is not None:

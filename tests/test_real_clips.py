@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +32,14 @@ from dmdtrain.models.decode import decode_latents, encode_videos
 from dmdtrain.models.wan import find_folder, load_vae
 from dmdtrain.train import setup
 from dmdtrain.train.clips import scan
-from dmdtrain.train.prepare_videos import ClipLoader, latent_cache, prepare_videos, prune_videos, verify_videos
+from dmdtrain.train.prepare_videos import (
+    ClipLoader,
+    latent_cache,
+    latent_name,
+    prepare_videos,
+    prune_videos,
+    verify_videos,
+)
 from dmdtrain.train.trainer import Trainer
 from dmdtrain.train.warmup import Warmup
 from dmdtrain.train.warmup_step import draw_warmup, warmup_backward
@@ -143,6 +152,17 @@ def test_names_hold_what_decides_latents(resolve, key):
     after = contents(run)
     assert before.items() <= after.items()  # nothing is written over
     assert (len(after) > len(before)) == (key in DECIDES)
+
+
+def test_latents_of_videos_tell_how_they_were_decoded_and_those_of_images_do_not(resolve, tmp_path):
+    """Videos are decoded otherwise than at first, and encoded again; images are not."""
+    (sample, *_) = scan(resolve(), QUIET)["data.videos"].samples
+    image = replace(sample, file=tmp_path / "a.png", seconds=0.0)
+    animation = replace(image, seconds=0.5)
+    names = {kind: latent_name(resolve(), "codec", of) for kind, of in (("video", sample), ("image", image))}
+    at_first = (sample.sha256, "codec", *sample.size, 5, None, 1, "center", "float32 to float16")
+    assert names["image"] == hashlib.sha256(repr(at_first).encode()).hexdigest() != names["video"]
+    assert latent_name(resolve(), "codec", animation) == names["video"]
 
 
 def test_another_codec_makes_other_latents(resolve, wan_folder, tmp_path):

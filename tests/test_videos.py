@@ -316,7 +316,7 @@ PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/hosts\n#EXT-X-END
 
 # What the clip is, and what the report says of it.
 BAD = {
-    "empty file": (lambda f: f.write_bytes(b""), ".mp4", "it can not be decoded"),
+    "empty file": (lambda f: f.write_bytes(b""), ".mp4", "it is an empty file"),
     "text": (lambda f: f.write_text("hello " * 100), ".mp4", "it can not be decoded"),
     "zeros": (lambda f: f.write_bytes(bytes(5000)), ".mkv", "it can not be decoded"),
     "noise": (lambda f: f.write_bytes(bytes((i * i) % 251 for i in range(5000))), ".avi", "it can not be decoded"),
@@ -362,7 +362,7 @@ BAD = {
     ),
     "a huge image": (huge, ".png", "it has more than 67108864 pixels"),
     "huge frames": (huge_frames, ".avi", "its frames have 12000 x 12000 pixels; valid are 1 to 67108864"),
-    "an empty image": (lambda f: f.write_bytes(b""), ".jpg", "it can not be decoded"),
+    "an empty image": (lambda f: f.write_bytes(b""), ".jpg", "it is an empty file"),
     "an image named as a video": (lambda f: Image.new("RGB", (64, 64)).save(f, "JPEG"), ".mp4", "can not be decoded"),
     "a video named as an image": (
         lambda f: write_clip(f.with_suffix(".mkv"), 6, caption=None).rename(f),
@@ -636,6 +636,15 @@ def test_images_serve_runs_on_one_frame(resolve, clips):
     assert sample.size == (48, 32) and report(run) == []
 
 
+def test_animated_images_serve_runs_on_several_frames(resolve, clips):
+    pictures = [Image.fromarray(scene(number, 32, 48)) for number in range(6)]
+    for suffix in ("webp", "png"):
+        pictures[0].save(clips / f"{suffix}.{suffix}", save_all=True, append_images=pictures[1:], duration=100)
+        (clips / f"{suffix}.txt").write_text("a cat")
+    run = resolve({"data.fps": 10})
+    assert len(prepare_videos(run, QUIET)["data.videos"].samples) == 2 and report(run) == []
+
+
 def test_nothing_usable_is_refused_and_reported(resolve, good, clips, settings):
     put(good, clips, "a", "")
     put(good, clips, "b", "")
@@ -682,6 +691,30 @@ def test_lines_of_the_index_that_are_no_sources_are_read_again(resolve, good, cl
     for wrong in ({"header": [48, 32]}, {"header": ["a", 1, 2, 3]}, {"header": 5}, {"sha256": 5}, {"failed": [1]}):
         index.write_text(json.dumps(line | wrong) + "\n")
         assert len(scan(run, QUIET)["data.videos"].samples) == 1
+
+
+def test_what_an_earlier_version_found_is_looked_for_again(resolve, good, clips):
+    """Its lines have four numbers and no version; what failed then may work now."""
+    file = put(good, clips)
+    run = resolve()
+    scan(run, QUIET)
+    index = run.output_dir / "cache" / "videos" / "sources.jsonl"
+    line = json.loads(index.read_text())
+    assert line.pop("version") == 2 and line["header"] == [48, 32, 6, pytest.approx(0.375), False]
+    old = line | {"header": [48, 32, 1, 0.0], "failed": {run_clips.how_read(run): "it has 1 frames"}}
+    for wrong in (old, old | {"header": None, "bad": "it holds no frames"}):
+        index.write_text(json.dumps(wrong) + "\n")
+        assert [sample.file for sample in scan(run, QUIET)["data.videos"].samples] == [file]
+    assert json.loads(index.read_text().splitlines()[-1]) == line | {"version": 2}
+
+
+def test_interlaced_clips_are_counted(resolve, good, clips):
+    put(good, clips)
+    write_clip(clips / "tv.mp4", 6, options={"x264-params": "tff=1"}, caption="a dog")
+    run = resolve()
+    for _ in range(2):  # a second start opens nothing
+        text = "\n".join(run_clips.describe_clips(run, scan(run, QUIET)))
+        assert "2 clips" in text and "1 of them are interlaced, and are deinterlaced" in text
 
 
 def test_warnings_are_as_before_after_images_are_read_in_threads(resolve, clips, monkeypatch):

@@ -1,4 +1,4 @@
-"""Clips as tensors, through PyAV; images through Pillow."""
+"""Clips as tensors, through PyAV; images and animations of images through Pillow."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any
 
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dmdtrain.data.frames import NO_TIMES, Video, monotone
+from dmdtrain.data.picture import (
+    LARGEST_FRAME,
+    check_size,
+    deinterlaced,
+    display_size,
+    fitted,
+    is_wide,
+    picture,
+    to_bt709,
+)
 from dmdtrain.data.videos import IMAGES, Unreadable, shown
 
-LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
-NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the memory first
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
 FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf"
 # The same for images: others of Pillow's readers start programs (EPS) or are not what such names promise.
@@ -33,7 +40,7 @@ OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_e
 # What Pillow's readers raise of broken files, besides its own errors.
 BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, struct.error, zlib.error)
 SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
-HD = 720  # lines from which video that does not say so is BT.709
+SHORTEST = 10  # milliseconds; a picture of an animation that lasts no longer lasts 100, as in browsers
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Header:
     height: int
     frames: int
     seconds: float | None  # that its frames last; None: it has no time stamps
+    interlaced: bool = False  # its first frame is
 
 
 def read_header(file: Path) -> Header:
@@ -51,27 +59,24 @@ def read_header(file: Path) -> Header:
     may pass."""
     if file.suffix.lower() in IMAGES:
         with _image(file) as image:
-            return Header(*image.size, 1, 0.0)
-    with _stream(file) as (container, stream):
-        frame = next(_frames(container, stream), None)
+            lasting = _durations(image)
+            return Header(*ImageOps.exif_transpose(image).size, len(lasting), sum(lasting))
+    with _video(file) as video:
+        frame = next(video.frames(), None)
         if frame is None:
-            raise ValueError("it holds no frames")
-        width, height = display_size(frame, stream)
-    times, count = [], 0
-    with _stream(file) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if packet.size:
-                    count += 1
-                    times.append(None if packet.pts is None else float(packet.pts * packet.time_base))
-        except av.FFmpegError:  # its end is missing: as far as it goes
-            pass
-        interval = _interval(stream)
-    known = [time for time in times if time is not None]
-    if not known or len(known) < len(times):
-        return Header(width, height, count, count * interval if interval else None)
-    span = max(known) - min(known)
-    return Header(width, height, count, span + (interval or span / max(1, count - 1)))
+            raise ValueError(video.damage or "it holds no frames that can be decoded")
+        width, height = display_size(frame, video.stream)
+        interlaced = frame.interlaced_frame
+    with _video(file) as video:
+        stamps, interval = video.stamps(), video.interval
+    count = len(stamps)
+    try:
+        *_, span = monotone(stamps, interval)
+    except ValueError:
+        return Header(width, height, count, None, interlaced)
+    if interval and None in stamps:  # those that are known may be of frames seen before the last
+        span = max(span, (count - 1) * interval)
+    return Header(width, height, count, span + (interval or span / max(1, count - 1)), interlaced)
 
 
 def check_length(header: Header, num_frames: int, fps: float | None, image: bool, interval: int = 1) -> None:
@@ -83,7 +88,7 @@ def check_length(header: Header, num_frames: int, fps: float | None, image: bool
         if header.frames < needed:
             raise ValueError(f"it has {header.frames} frames; {needed} are needed")
     elif header.seconds is None:
-        raise ValueError("it has no time stamps, which data.fps needs")
+        raise ValueError(NO_TIMES)
     elif header.seconds * fps - SLACK <= num_frames - 1:
         wanted = f"{num_frames} frames at {fps:g} a second need more than {(num_frames - 1) / fps:.2f}"
         raise ValueError(f"it lasts {header.seconds:.2f} s; {wanted}")
@@ -109,19 +114,38 @@ def read_clip(
     Raises:
         ValueError: the clip can not be used, and why; `Unreadable` where that may pass.
     """
-    if file.suffix.lower() in IMAGES:
+
+    def fit(pixels: np.ndarray, shown_width: int, shown_height: int) -> torch.Tensor:
+        return fitted(pixels, shown_width / shown_height, height, width, crop, place)
+
+    def from_image() -> list[torch.Tensor]:
         with _image(file) as image:
-            pixels = _rgb(image)
-        video = _fitted(pixels, pixels.shape[1] / pixels.shape[0], height, width, crop, place)[:, None]
-        check_length(Header(width, height, 1, 0.0), num_frames, fps, image=True)
-        return video
-    with _stream(file) as (container, stream):
-        stream.thread_type = "AUTO"  # several frames at once
-        kept: list[torch.Tensor] = []
-        for frame, times in _chosen(_frames(container, stream), stream, num_frames, fps, interval):
-            shown_width, shown_height = display_size(frame, stream)
-            fitted = _fitted(_upright(frame), shown_width / shown_height, height, width, crop, place)
-            kept += [fitted] * times
+            lasting = _durations(image)
+            check_length(Header(*image.size, len(lasting), sum(lasting)), num_frames, fps, len(lasting) == 1, interval)
+            chosen = _chosen(_pictures(image, lasting), lasting[-1], num_frames, fps, interval)
+            return [made for _, seen, times in chosen for made in [fit(_rgb(seen), *seen.size)] * times]
+
+    def from_video(threads: bool) -> tuple[list[torch.Tensor], str | None]:
+        """And what is wrong with them or with the one after them."""
+        kept, last = list[torch.Tensor](), -1
+        with _video(file) as video:
+            timed = video.timed(threads) if fps is not None else ((frame, 0.0) for frame in video.frames(threads))
+            frames = deinterlaced(timed)
+            for number, frame, times in _chosen(frames, video.interval, num_frames, fps, interval):
+                made = fit(picture(frame), *display_size(frame, video.stream))
+                kept += [to_bt709(made, frame) if is_wide(frame) else made] * times
+                last = number
+            return kept, video.damage if len(kept) < num_frames else video.damage_to(last, frames)
+
+    damage = None
+    if file.suffix.lower() in IMAGES:
+        kept = from_image()
+    else:
+        kept, damage = from_video(threads=True)
+        if damage:  # threads tell of it too early
+            kept, damage = from_video(threads=False)
+    if damage:
+        raise ValueError(damage)
     if len(kept) < num_frames:
         at = f" at {fps:g} a second" if fps is not None else f", 1 in {interval}" if interval > 1 else ""
         raise ValueError(f"it has {len(kept)} frames{at}; {num_frames} are needed")
@@ -129,81 +153,37 @@ def read_clip(
 
 
 def _chosen(
-    frames: Iterator[Any], stream: Any, num_frames: int, fps: float | None, every: int
-) -> Iterator[tuple[Any, int]]:
-    """The frames that are taken, each with how often: one that is seen for long stands for several."""
+    frames: Iterator[tuple[Any, float]], interval: float | None, num_frames: int, fps: float | None, every: int
+) -> Iterator[tuple[int, Any, int]]:
+    """The frames that are taken, each with its number and how often: one that is seen for long stands for several.
+
+    Args:
+        frames: with seconds since the first, which never run backwards. interval: seconds that the last one is seen for.
+    """
     if fps is None:
-        for frame in islice(frames, 0, 1 + (num_frames - 1) * every, every):
-            yield frame, 1
+        for number, (frame, _) in islice(enumerate(frames), 0, 1 + (num_frames - 1) * every, every):
+            yield number, frame, 1
         return
-    interval = _interval(stream)
-    taken, start, held, time = 0, None, None, 0.0
-    for count, frame in enumerate(frames):
-        now = frame.time
-        if now is None:
-            if interval is None:
-                raise ValueError("it has no time stamps, which data.fps needs")
-            now = count * interval
-        start = now if start is None else start
+    taken, held, time, number = 0, None, 0.0, -1
+    for number, (frame, now) in enumerate(frames):
         if held is not None:
-            due = min(num_frames, max(taken, math.ceil((now - start) * fps - SLACK)))
+            due = min(num_frames, max(taken, math.ceil(now * fps - SLACK)))
             if due > taken:
-                yield held, due - taken
+                yield number - 1, held, due - taken
                 taken = due
-            interval = now - start - time if interval is None else interval
+            interval = now - time if interval is None else interval
         if taken == num_frames:
             return
-        held, time = frame, now - start
-    if held is not None:  # the last frame is seen for as long as one lasts
-        due = min(num_frames, math.ceil((time + (interval or 0.0)) * fps - SLACK))
-        if max(due, 1) > taken:
-            yield held, max(due, 1) - taken
-
-
-def _interval(stream: Any) -> float | None:
-    """Seconds that a frame lasts on average; None where the stream says nothing sensible."""
-    rate = stream.average_rate or stream.guessed_rate
-    return float(1 / rate) if rate else None
-
-
-def display_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """(width, height) in pixels as a frame is to be seen; ValueError where that is no picture."""
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    width, height = max(1, round(frame.width * aspect)), frame.height
-    if max(width, height) > NARROWEST * min(width, height):
-        raise ValueError(f"it is {width} wide and {height} high; at most {NARROWEST} to 1 is read")
-    return (height, width) if _quarters(frame) % 2 else (width, height)
-
-
-def _quarters(frame: Any) -> int:
-    """Quarter turns to the left that set a frame upright."""
-    return round(frame.rotation / 90) % 4
-
-
-def _upright(frame: Any) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    unsaid = int(frame.colorspace) == 2
-    colorspace = "ITU709" if unsaid and frame.height >= HD else None
-    return np.rot90(frame.to_ndarray(format="rgb24", src_colorspace=colorspace), _quarters(frame))
-
-
-def _fitted(pixels: np.ndarray, aspect: float, height: int, width: int, crop: str, place: float) -> torch.Tensor:
-    """A frame uint8 [h, w, 3] that is seen at `aspect` (width / height), as [3, height, width] in [-1, 1]."""
-    covering = height, width
-    if crop != "none":
-        covering = max(height, round(width / aspect)), max(width, round(height * aspect))
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    if covering != tuple(pixels.shape[:2]):
-        # In 8 bits: a level off at most, and eight times as fast as in floating point.
-        image = F.interpolate(image, covering, mode="bilinear", antialias=True)
-    place = place if crop == "random" else 0.5
-    top, left = (int(place * (edge - size + 1)) for edge, size in zip(covering, (height, width), strict=True))
-    return image[0, :, top : top + height, left : left + width].float() / 127.5 - 1
+        held, time = frame, now
+    if held is not None:
+        due = max(1, min(num_frames, math.ceil((time + (interval or 0.0)) * fps - SLACK)))
+        if due > taken:
+            yield number, held, due - taken
 
 
 @contextmanager
-def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
-    """The open container and its video stream; whatever is wrong with a clip as ValueError."""
+def _video(file: Path) -> Iterator[Video]:
+    """An open video; whatever is wrong with it as ValueError."""
     # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
     with _opened(file) as handle, _decodable(), av.open(handle, **OPTIONS) as container:
         stream: Any = container.streams.best("video")
@@ -211,8 +191,8 @@ def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
             raise ValueError("it holds no video")
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
-        _check_size(stream.codec_context.width, stream.codec_context.height)
-        yield container, stream
+        check_size(stream.codec_context.width, stream.codec_context.height)
+        yield Video(container, stream)
 
 
 @contextmanager
@@ -220,6 +200,8 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
     try:
         if not file.is_file():  # a pipe would be waited for
             raise Unreadable("it is no file" if file.exists() else "there is no such file")
+        if not file.stat().st_size:
+            raise ValueError("it is an empty file")
         handle = file.open("rb")
     except OSError as error:
         raise _unreadable(error) from None
@@ -254,17 +236,6 @@ def _decodable() -> Iterator[None]:
         raise _undecodable(error) from None
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    for frame in container.decode(stream):
-        _check_size(frame.width, frame.height)
-        yield frame
-
-
-def _check_size(width: int, height: int) -> None:
-    if not (0 < width * height <= LARGEST_FRAME):
-        raise ValueError(f"its frames have {width} x {height} pixels; valid are 1 to {LARGEST_FRAME}")
-
-
 @contextmanager
 def quiet_images() -> Iterator[None]:
     """Keeps Pillow from warning of odd images. Around threads, not in them: filters are the whole process's."""
@@ -284,14 +255,42 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def _durations(image: Image.Image) -> list[float]:
+    """Seconds that each picture of an animation lasts; of an image that is none: one of 0."""
+    numbers = _numbers(image)
+    if len(numbers) == 1:
+        return [0.0]
+    found = []
+    for number in numbers:
+        image.seek(number)
+        image.load()  # WebP tells its duration then
+        lasting = image.info.get("duration", 0)
+        found.append((lasting if lasting > SHORTEST else 100) / 1000)
+    return found
+
+
+def _numbers(image: Image.Image) -> range:
+    """Of the pictures of an animation; without that which APNG has for those who cannot show it."""
+    if image.format not in ("PNG", "WEBP"):  # in JPEG they are other views of the picture
+        return range(1)
+    return range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))
+
+
+def _pictures(image: Image.Image, lasting: list[float]) -> Iterator[tuple[Image.Image, float]]:
+    """The pictures of an animation, upright, with their seconds since the first."""
+    for number, start in zip(_numbers(image), accumulate(lasting, initial=0.0), strict=False):
+        image.seek(number)
+        yield ImageOps.exif_transpose(image), start  # a copy, which stays as it is
+
+
 @contextmanager
 def _image(file: Path) -> Iterator[Image.Image]:
-    """An upright image; whatever is wrong with it as ValueError."""
+    """An open image; whatever is wrong with it as ValueError."""
     with _opened(file) as handle:
         try:
             with Image.open(handle, formats=IMAGE_FORMATS) as image:
-                _check_size(*image.size)
-                yield ImageOps.exif_transpose(image)
+                check_size(*image.size)
+                yield image
         except UnidentifiedImageError:
             raise ValueError(f"it can not be decoded: it is broken, or none of {', '.join(IMAGE_FORMATS)}") from None
         except Image.DecompressionBombError:

@@ -1,7 +1,7 @@
 """What is known of source files, so that a second start opens none of them: a line of JSON each, the last of a file counts.
 
-    {"path": ..., "size": ..., "mtime_ns": ..., "sha256": ..., "header": [width, height, frames, seconds], "bad": null,
-     "failed": {"81 frames at 16": "it has 40 frames ..."}}
+    {"path": ..., "size": ..., "mtime_ns": ..., "sha256": ..., "header": [width, height, frames, seconds, interlaced],
+     "bad": null, "failed": {"81 frames at 16": "it has 40 frames ..."}, "version": 2}
 
 Lines are only ever added: a kill can cut the last one short, which is then read again; two processes may write at once.
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 from dmdtrain.config import unwritable
 from dmdtrain.data.decode import Header, read_header
 from dmdtrain.data.videos import Unreadable
 from dmdtrain.files import sha256, write_text
+
+VERSION = 2  # of what is found in files: what an earlier version found is looked for again
 
 
 @dataclass
@@ -28,12 +30,15 @@ class Source:
     header: list | None = None  # of a `Header`
     bad: str | None = None  # why the file can not be used at all
     failed: dict[str, str] = field(default_factory=dict)  # how it was to be read -> why that did not work
+    version: int = VERSION
 
     def check(self) -> None:
         """TypeError or ValueError unless it is as it was written."""
         if self.header is not None:
-            width, height, frames, seconds = self.header
-            Header(int(width), int(height), int(frames), seconds if seconds is None else float(seconds))
+            width, height, frames, seconds, interlaced = self.header
+            Header(
+                int(width), int(height), int(frames), seconds if seconds is None else float(seconds), bool(interlaced)
+            )
         if not isinstance(self.path + self.sha256 + (self.bad or ""), str) or not isinstance(self.failed, dict):
             raise TypeError
 
@@ -47,7 +52,9 @@ class SourceIndex:
         if file.exists():
             for line in file.read_bytes().splitlines():
                 try:
-                    source = Source(**json.loads(line))
+                    source = Source(**({"version": 1} | json.loads(line)))  # lines of the first had none
+                    if source.version != VERSION:
+                        source = Source(source.path, source.size, source.mtime_ns, source.sha256)
                     source.check()
                     self._known[source.path] = source
                 except (ValueError, TypeError, AttributeError):
@@ -101,7 +108,7 @@ def inspect(file: Path) -> Source:
     source = Source(path, now.st_size, now.st_mtime_ns, digest)
     try:
         header = read_header(file)
-        source.header = [header.width, header.height, header.frames, header.seconds]
+        source.header = list(astuple(header))
     except Unreadable as error:
         return Source(path, -1, -1, bad=str(error))
     except ValueError as error:

@@ -38,6 +38,12 @@ class Sample:
     file: Path = field(repr=False, compare=False)
     seconds: float = field(repr=False, compare=False)  # of the whole clip
     rate: float = field(repr=False, compare=False)  # frames a second as they come; 0: unknown
+    interlaced: bool = field(default=False, repr=False, compare=False)  # and deinterlaced when it is decoded
+
+    @property
+    def still(self) -> bool:
+        """Whether it is an image; those that are animated are videos."""
+        return self.file.suffix.lower() in IMAGES and not self.seconds
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,8 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
     if reason := source.bad or source.failed.get(how_read(run)):
         raise (Unreadable if source.size < 0 else ValueError)(reason)
     header = header_of(source)
-    check_length(header, num_frames(run), data.fps, clip.file.suffix.lower() in IMAGES, data.frame_interval)
+    image = clip.file.suffix.lower() in IMAGES and header.frames == 1
+    check_length(header, num_frames(run), data.fps, image, data.frame_interval)
     if min(header.width, header.height) < data.minimum_size:
         raise ValueError(f"it has {header.width} x {header.height} pixels; data.minimum_size is {data.minimum_size}")
     height, width = (edge * run.base.spatial_factor for edge in run.latent_shape[2:])
@@ -197,7 +204,7 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
         height, width = bucket_size(header.width, header.height, area, multiple, data.aspect_bucket_rounding)
     seconds = header.seconds or 0.0
     rate = header.frames / seconds / data.frame_interval if seconds else 0.0
-    return Sample(source.sha256, clip.caption, (height, width), number, clip.file, seconds, rate)
+    return Sample(source.sha256, clip.caption, (height, width), number, clip.file, seconds, rate, header.interlaced)
 
 
 def how_read(run: Run) -> str:
@@ -292,6 +299,8 @@ def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:
             lines.append(f"{clips.key:<15} {len(clips.captions):,} captions, which serve as prompts")
         if kept := held_out(run, clips):
             lines.append(f"{'':<15} {len(kept):,} of them are kept for validation")
+        if interlaced := sum(sample.interlaced for sample in clips.samples):
+            lines.append(f"{'':<15} {interlaced:,} of them are interlaced, and are deinterlaced")
         if clips.dropped:
             first = clips.dropped[0]
             lines.append(

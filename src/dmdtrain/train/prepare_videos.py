@@ -41,6 +41,7 @@ from dmdtrain.train.log import Live
 from dmdtrain.train.setup import Run, device_of_this_machine
 
 AHEAD = 2  # clips that are decoded while another is encoded
+DECODING = "decoded 2"  # another wherever frames of videos come out otherwise: what was encoded before is not used then
 STALE_SECONDS = 3600.0  # after which nobody is taken to write a partial file any more
 
 
@@ -66,7 +67,8 @@ def latent_name(run: Run, codec: str, sample: Sample) -> str:
     height, width = sample.size
     data = run.config.data
     frames = (num_frames(run), data.fps, data.frame_interval)
-    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16")
+    decoding = () if sample.still else (DECODING,)  # images are decoded as they were at first
+    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16", *decoding)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
