@@ -26,9 +26,9 @@ from dmdtrain.data.videos import IMAGES, Unreadable, shown
 LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
 NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the memory first
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
-FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf"
+FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,mxf,dv,rm,nut,ivf,yuv4mpegpipe"
 # The same for images: others of Pillow's readers start programs (EPS) or are not what such names promise.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF")
 OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_errors": "replace"}
 # What Pillow's readers raise of broken files, besides its own errors.
 BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, struct.error, zlib.error)
