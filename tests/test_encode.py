@@ -326,6 +326,24 @@ def test_colours_of_mp4_files_survive_at_every_size(tmp_path, size):
         assert np.abs(middles - np.array(PATCHES, float)).max() <= 2.01
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_colours_of_mp4_files_of_before_are_those_that_were_written(tmp_path, edited):
+    """They were BT.601 and did not say so. What FFmpeg's own command wrote, which leaves its name, is BT.709 from 720 lines."""
+    rows, columns = (torch.arange(edge) * 2 // edge for edge in (720, 64))
+    picture = torch.tensor(PATCHES).view(2, 2, 3)[rows][:, columns].to(torch.uint8).numpy()
+    with av.open(str(tmp_path / "a.mp4"), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = 720, 64, "yuv420p"
+        if edited:
+            stream.metadata["encoder"] = "Lavc libx264"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    found = (read_clip(tmp_path / "a.mp4", 5, 720, 64).permute(1, 2, 3, 0) + 1) * 127.5
+    away = (found[:, 180::360, 16::32].reshape(5, 4, 3) - torch.tensor(PATCHES)).abs().amax()
+    assert away > 8 if edited else away <= 2.01, away
+
+
 def test_gifs_hold_every_frame():
     with Image.open(io.BytesIO(gif_bytes(gradient_video(7, 32, 32), 8))) as gif:
         assert (gif.n_frames, gif.size) == (7, (128, 128))

@@ -431,7 +431,7 @@ def test_clips_that_are_filled_up_by_repeated_frames_are_counted(resolve, clips,
         (line,) = report(run)
         assert line["where"] == str(clips / "a.mp4")
         assert line["reason"] == f"it has {rate} frames a second; at {fps}, {repeats} of 5 frames are repeats"
-        says = "1 clips of fewer frames a second than data.fps: frames repeat, listed in "
+        says = "1 clips of fewer frames a second than data.fps, which repeat frames, listed in "
         assert run_clips.describe_clips(run, found)[1].strip().startswith(says)
     else:
         assert report(run) == [] and len(run_clips.describe_clips(run, found)) == 1

@@ -190,8 +190,8 @@ def _table_rows(path: Path, column: str | None, delimiter: str) -> Iterator[str]
     index = 0
     for begin, lines, row in csv_records(io.StringIO(_text(path), newline=""), delimiter):
         if isinstance(row, str):
-            to = f", in what begins there and goes on to line {begin + len(lines) - 1}" if len(lines) > 1 else ""
-            raise ValueError(f"line {begin}: {row}{to}")
+            end = f"; a quote in it is not closed before line {begin + len(lines) - 1}" if len(lines) > 1 else ""
+            raise ValueError(f"line {begin}: {row}{end}")
         if taken := rows_within(lines, delimiter):
             raise ValueError(f"line {begin}: its quotes take in line {begin + taken[0]}, which names another clip")
         if not names:

@@ -21,13 +21,14 @@ from typing import Any
 from dmdtrain.config import ConfigError, VideoSet
 from dmdtrain.data.prompt_files import clean, csv_records, long_fields, open_parquet
 
-# Also kinds that `decode` refuses by what is in them: what it does not read is told, and not passed over.
-IMAGES = tuple(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .avif .tif .tiff .heic .heif .jxl .jp2".split())
-VIDEOS = tuple(
-    ".mp4 .m4v .mp4v .mov .qt .3gp .3g2 .f4v .mj2 .mkv .webm .avi .divx .gif .mpg .mpeg .mpe .m2p .vob .ts .m2t .mts .m2ts "
-    ".flv .wmv .asf .ogv .ogg .ogm .mxf .dv .rm .rmvb .y4m .ivf .nut "
-    ".m1v .m2v .h264 .264 .h265 .265 .hevc .obu .mjpeg .mjpg .wtv .swf .bik .braw .r3d".split()
-)
+VIDEO_KINDS = """mp4 m4v mp4v mov qt 3gp 3g2 f4v mj2 mkv webm avi divx gif mpg mpeg mpe m2p vob ts m2t mts m2ts flv wmv asf
+    ogv ogg ogm mxf dv rm rmvb y4m ivf nut"""
+IMAGE_KINDS = "png apng jpg jpeg jpe jfif webp bmp avif"
+# What `decode` refuses by its content: told, and not passed over.
+UNREAD_VIDEO_KINDS = "m1v m2v h264 264 h265 265 hevc obu mjpeg mjpg wtv swf bik braw r3d"
+UNREAD_IMAGE_KINDS = "tif tiff heic heif jxl jp2"
+VIDEOS = tuple(f".{kind}" for kind in f"{VIDEO_KINDS} {UNREAD_VIDEO_KINDS}".split())
+IMAGES = tuple(f".{kind}" for kind in f"{IMAGE_KINDS} {UNREAD_IMAGE_KINDS}".split())
 SUFFIXES = (*VIDEOS, *IMAGES)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -86,7 +87,8 @@ def list_clips(video_set: VideoSet, key: str, noted: list[Noted] | None = None) 
     if path.is_file() and path.suffix.lower() in (Path(name).suffix for name in METADATA):
         clips, dropped, named = _listed(path, video_set, key)
         folders = {path.parent, *(file.parent for file in named)}
-        noted += _unlisted((file for folder in folders for file in _files(folder)), path, named)
+        there = (folder / name for folder in folders for names in _alike(folder).values() for name in names)
+        noted += _unlisted(sorted(file for file in there if not file.name.startswith(".")), path, named)
         return clips, dropped
     if not path.is_dir():
         what = "it is a file" if path.is_file() else "no such folder"
@@ -120,13 +122,6 @@ def _walk(folder: Path, dropped: list[Dropped]) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _files(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder / name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError:  # told where a clip in it is opened
-        return []
-
-
 def _below(
     folder: Path, video_set: VideoSet, key: str, noted: list[Noted]
 ) -> tuple[list[Clip], list[Dropped], dict[Path, Path]]:
@@ -135,7 +130,7 @@ def _below(
     dropped: list[Dropped] = []
     listed: dict[Path, Path] = {}
     named: set[Path] = set()
-    others: dict[Path, list[Path]] = {}  # files in and below the folders with a metadata file, by that file
+    covered: dict[Path, list[Path]] = {}  # by a metadata file: the files beside it and below
     look = functools.cache(_alike)
     for parent, files in groupby(_walk(folder, dropped), lambda file: file.parent):
         there = list(files)
@@ -145,20 +140,20 @@ def _below(
             raise ConfigError(f"{key}: {shown(parent)} holds {names}; name the one that counts as the path")
         if metadata:
             listed[parent] = metadata[0]
-            found, lost, names = _listed(metadata[0], video_set, key)
+            found, lost, told = _listed(metadata[0], video_set, key)
             clips += found
             dropped += lost
-            named |= names
+            named |= told
         if nearest := next((listed[above] for above in (parent, *parent.parents) if above in listed), None):
-            others.setdefault(nearest, []).extend(there)
+            covered.setdefault(nearest, []).extend(there)
         else:
             _beside(there, clips, dropped, noted, look)
-    for file, files in others.items():
-        noted += _unlisted(files, file, named)
+    for file, there in covered.items():
+        noted += _unlisted(there, file, named)
     return clips, dropped, listed
 
 
-def _unlisted(files: Iterable[Path], metadata: Path, named: set[Path]) -> list[Noted]:
+def _unlisted(files: list[Path], metadata: Path, named: set[Path]) -> list[Noted]:
     left = [file for file in files if file.suffix.lower() in SUFFIXES and file not in named]
     if left:  # a link may lead to what is listed
         real = {os.path.realpath(file) for file in named}
@@ -171,26 +166,24 @@ def _beside(
     files: list[Path], clips: list[Clip], dropped: list[Dropped], noted: list[Noted], look: Callable[[Path], Alike]
 ) -> None:
     """Sorts the files of a folder: clips with a caption, clips without a usable one, captions without a clip."""
-    media, texts = [], []
+    media, texts, others = [], [], {}
     for file in files:
         if file.suffix.lower() in SUFFIXES:
             media.append(file)
-        elif file.suffix.lower() == ".txt" and file.stem.lower() not in NO_CAPTIONS:
+        elif file.suffix.lower() != ".txt":
+            others[_folded(file.stem)] = file.name
+        elif file.stem.lower() not in NO_CAPTIONS:
             texts.append(file)
     for file in media:
         try:
             clips.append(Clip(file, read_caption(on_disk(file.parent, file.with_suffix(".txt").name, look))))
         except ValueError as error:
             dropped.append(Dropped.of(file, error))
-    alone = {_folded(file.stem): file for file in texts}
-    for file in media:
-        alone.pop(_folded(file.stem), None)
-    others = {_folded(file.stem): file for file in files if file not in texts}
-    for stem, text in alone.items():
-        reason = "there is no clip beside it"
-        if stem in others:
-            reason += f", only {shown(others[stem].name)}, which is of no kind that is read"
-        noted.append(Noted(shown(text), reason, "captions without a clip"))
+    captioned = {_folded(file.stem) for file in media}
+    for text in texts:
+        if (stem := _folded(text.stem)) not in captioned:
+            only = f", only {shown(others[stem])}, which is of no kind that is read" if stem in others else ""
+            noted.append(Noted(shown(text), f"there is no clip beside it{only}", "captions without a clip"))
 
 
 Alike = dict[str, list[str]]  # names that differ in nothing but case and Unicode form
@@ -275,12 +268,12 @@ def check_caption(text: Any) -> str:
 
 def _listed(metadata: Path, video_set: VideoSet, key: str) -> tuple[list[Clip], list[Dropped], set[Path]]:
     """The captioned clips of a metadata file, what of it can not be used, and all files that it names."""
-    clips, dropped, named, columns = [], [], set[Path](), set[str]()
+    clips, dropped, named, columns, lost = [], [], set[Path](), set[str](), set[str]()
     look = functools.cache(_alike)
     wanted = CAPTION_COLUMNS if video_set.caption_column is None else (video_set.caption_column,)
     names = [name.strip().lower() for name in wanted]
     try:
-        for number, row in _rows(metadata, columns, {"file_name", *names}):
+        for number, row in _rows(metadata, columns, {"file_name", *names}, lost):
             where = f"{shown(metadata)}, line {number}"
             if isinstance(row, str):
                 dropped.append(Dropped(where, row))
@@ -299,14 +292,17 @@ def _listed(metadata: Path, video_set: VideoSet, key: str) -> tuple[list[Clip], 
         if columns.isdisjoint(name.strip().lower() for name in needed):
             there = ", ".join(shown(name) for name in sorted(columns)[:20]) or "none"
             raise ConfigError(f"{where}: {shown(metadata)} has no column {' or '.join(needed)}; its columns: {there}")
-    return clips, dropped, named
+    return clips, dropped, named | {metadata.parent / name for name in lost}
 
 
-def _rows(metadata: Path, columns: set[str], needed: set[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _rows(
+    metadata: Path, columns: set[str], needed: set[str], lost: set[str]
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line numbers and rows, or what is wrong with a line; ValueError with what is wrong with the file.
 
     Args:
         columns: gets the names of all that there are, in small letters, as the rows have them. needed: the others may lack.
+        lost: gets clips that lines of a .csv name which can not be read.
     """
     kind = metadata.suffix.lower()
     with metadata.open("rb") as handle:
@@ -322,7 +318,7 @@ def _rows(metadata: Path, columns: set[str], needed: set[str]) -> Iterator[tuple
     elif kind == ".csv":
         # Bytes that are no UTF-8 spoil the captions that they are in, and no others.
         with long_fields(), metadata.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            yield from _csv_rows(text, columns)
+            yield from _csv_rows(text, columns, lost)
     else:
         with metadata.open("rb") as handle:
             for number, line in enumerate(handle, 1):
@@ -332,7 +328,7 @@ def _rows(metadata: Path, columns: set[str], needed: set[str]) -> Iterator[tuple
                     yield number, row
 
 
-def _csv_rows(text: Iterable[str], columns: set[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _csv_rows(text: Iterable[str], columns: set[str], lost: set[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """As `_rows`. A quote that is not closed takes in the rows after it, as one caption or as none: none of them is used."""
     records = csv_records(text)
     _, lines, names = next(records, (1, [], []))
@@ -343,6 +339,8 @@ def _csv_rows(text: Iterable[str], columns: set[str]) -> Iterator[tuple[int, dic
     columns.update(_fold(dict.fromkeys(names)))
     for begin, lines, row in records:
         taken = rows_within(lines)
+        if isinstance(row, str) or taken or len(row) != len(names):
+            lost.update(name for line in lines for name in _clip_names(line))
         if isinstance(row, str) or taken:
             problem = f"it can not be read: {row}" if isinstance(row, str) else "it is several rows"
             if len(lines) > 1:
@@ -358,12 +356,15 @@ def _csv_rows(text: Iterable[str], columns: set[str]) -> Iterator[tuple[int, dic
 
 
 def rows_within(lines: list[str], delimiter: str = ",") -> list[int]:
-    """Which lines of a record look like rows of their own: another one before them names a clip, and they do, too."""
+    """Which lines of a record look like rows of their own: they name a clip, as one before them does."""
+    if len(lines) == 1:
+        return []
+    return [number for number, line in enumerate(lines) if _clip_names(line, delimiter)][1:]
 
-    def names_a_clip(line: str) -> bool:
-        return any(field.strip(' \t\r\n"').lower().endswith(SUFFIXES) for field in line.split(delimiter))
 
-    return [number for number, line in enumerate(lines) if names_a_clip(line)][1:]
+def _clip_names(line: str, delimiter: str = ",") -> list[str]:
+    fields = (field.strip(' \t\r\n"') for field in line.split(delimiter))
+    return [field for field in fields if field.lower().endswith(SUFFIXES)]
 
 
 def _fold(row: dict[str, Any]) -> dict[str, Any]:

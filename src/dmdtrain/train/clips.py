@@ -48,8 +48,8 @@ class Clips:
     sets: list[VideoSet]
     samples: list[Sample]
     dropped: list[Dropped]
-    noted: list[Noted] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)  # of all that validation does not keep, usable or not
+    noted: list[Noted] = field(default_factory=list)
 
 
 def clip_sets(run: Run) -> dict[str, list[VideoSet]]:
@@ -122,7 +122,7 @@ def scan(run: Run, console: Console) -> dict[str, Clips]:
             captions += [(clip.caption, source.sha256) for clip, source in zip(clips, sources, strict=True)]
         # In an order that names and places of the files have no part in: a run goes on when they have changed.
         samples.sort(key=lambda sample: (sample.data_set, sample.sha256, sample.caption))
-        whole = Clips(key, listed, samples, dropped, noted)
+        whole = Clips(key, listed, samples, dropped, noted=noted)
         kept = held_out(run, whole)
         hashes = {sample.sha256 for sample in kept}
         texts = sorted({caption for caption, sha256 in captions if sha256 not in hashes})
@@ -206,13 +206,14 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
 def _repeating(run: Run, samples: list[Sample]) -> list[Noted]:
     """Clips some of whose frames `read_clip` takes several times, by their average rate."""
     fps, frames, noted = run.config.data.fps, num_frames(run), []
-    for sample in samples if fps else ():
+    if fps is None:
+        return []
+    kind = "clips of fewer frames a second than data.fps, which repeat frames"
+    for sample in samples:
         taken = {int((number + SLACK) * sample.rate / fps) for number in range(frames)}
         if sample.rate and (repeats := frames - len(taken)):
             reason = f"it has {sample.rate:.4g} frames a second; at {fps:g}, {repeats} of {frames} frames are repeats"
-            noted.append(
-                Noted(shown(sample.file), reason, "clips of fewer frames a second than data.fps: frames repeat")
-            )
+            noted.append(Noted(shown(sample.file), reason, kind))
     return noted
 
 

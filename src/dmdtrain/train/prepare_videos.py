@@ -41,6 +41,7 @@ from dmdtrain.train.log import Live
 from dmdtrain.train.setup import Run, device_of_this_machine
 
 AHEAD = 2  # clips that are decoded while another is encoded
+DECODING = 2  # raised when `read_clip` gives other pixels of the same file
 STALE_SECONDS = 3600.0  # after which nobody is taken to write a partial file any more
 
 
@@ -66,7 +67,7 @@ def latent_name(run: Run, codec: str, sample: Sample) -> str:
     height, width = sample.size
     data = run.config.data
     frames = (num_frames(run), data.fps, data.frame_interval)
-    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16")
+    parts = (sample.sha256, codec, height, width, *frames, data.crop, "float32 to float16", DECODING)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageDraw, ImageFont
 
+from dmdtrain.data.decode import EXACT
 from dmdtrain.files import atomic, sync, write_text
 from dmdtrain.miniature import clips, scorer
 
 RESULTS = "results.json"
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
 def score(videos: torch.Tensor, prompts: list[str]) -> dict[str, float] | None:
