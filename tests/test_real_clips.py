@@ -145,6 +145,15 @@ def test_names_hold_what_decides_latents(resolve, key):
     assert (len(after) > len(before)) == (key in DECIDES)
 
 
+def test_latents_of_other_pixels_of_the_same_clips_are_made_again(resolve, monkeypatch):
+    monkeypatch.setattr("dmdtrain.train.prepare_videos.DECODING", 1)
+    prepare_videos(resolve(), QUIET)
+    before = contents(resolve())
+    monkeypatch.undo()
+    prepare_videos(resolve(), QUIET)
+    assert len(before) == 6 and len(contents(resolve())) == 12
+
+
 def test_another_codec_makes_other_latents(resolve, wan_folder, tmp_path):
     prepare_videos(resolve(), QUIET)
     other = shutil.copytree(wan_folder, tmp_path / "other")

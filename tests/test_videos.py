@@ -208,13 +208,15 @@ def test_the_layout_of_the_hub(good, clips, tmp_path):
 
 
 def test_csv_lines_of_the_wrong_length(clips):
-    (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\n")
+    (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\nc.mp4,a cat\nruns\n")
     found, dropped = listed(clips)
-    assert found == {"good.mp4": "x"}
+    assert found == {"good.mp4": "x", "c.mp4": "a cat"}
     assert dropped == {
         f"{clips / 'metadata.csv'}, line 3": "it has more fields than the first line; captions with commas in them need "
         "double quotes",
         f"{clips / 'metadata.csv'}, line 4": "it has fewer fields than the first line",
+        f"{clips / 'metadata.csv'}, line 6": "it has fewer fields than the first line; if it is the rest of a caption, that "
+        "needs double quotes",
     }
 
 

@@ -350,7 +350,8 @@ def _csv_rows(text: Iterable[str], columns: set[str], lost: set[str]) -> Iterato
         elif len(row) > len(names):
             yield begin, "it has more fields than the first line; captions with commas in them need double quotes"
         elif len(row) < len(names) and row:
-            yield begin, "it has fewer fields than the first line"
+            above = "" if _clip_names(lines[0]) else "; if it is the rest of a caption, that needs double quotes"
+            yield begin, f"it has fewer fields than the first line{above}"
         elif row:
             yield begin, _fold(dict(zip(names, row, strict=True)))
 
