@@ -217,7 +217,6 @@ def _stream(file: Path) -> Iterator[tuple[Any, Any]]:
     # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
     with _opened(file) as handle, _decodable():
         ours = UNTAGGED.search(handle.read(2048))
-        handle.seek(0)
     with _opened(file) as handle, _decodable(), av.open(handle, **OPTIONS) as container:
         stream: Any = container.streams.best("video")
         if stream is None:
