@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import ConfigError
+from dmdtrain.data.decode import read_clip
 from dmdtrain.miniature import clips
 from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.encode import TextCache, encoder_digest
@@ -303,6 +304,44 @@ def test_mp4_files_can_be_played(tmp_path, size, stored):
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
     assert frames.shape == (9, *stored, 3)
     assert np.abs(frames.astype(float) - to_frames(video)).mean() < 4  # colours and order survive
+
+
+PATCHES = ((192, 48, 32), (32, 176, 64), (48, 80, 224), (128, 128, 128))
+
+
+@pytest.mark.parametrize(
+    "size", [(480, 832), (832, 480), (720, 1280), (1280, 704), (704, 1280), (32, 32), (32, 608), (336, 176)]
+)
+def test_colours_of_mp4_files_survive_at_every_size(tmp_path, size):
+    """Read by ourselves, and by PyAV, which goes by what the file says: a player's guess is not asked for."""
+    rows, columns = (torch.arange(edge) * 2 // edge for edge in size)
+    video = torch.tensor(PATCHES).view(2, 2, 3)[rows][:, columns].permute(2, 0, 1)[:, None] / 127.5 - 1
+    write_mp4(tmp_path / "a.mp4", video.expand(-1, 5, -1, -1), 16, min_edge=1)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        frames = list(container.decode(video=0))
+    assert {(f.colorspace, f.color_range, f.color_primaries, f.color_trc) for f in frames} == {(1, 1, 1, 1)}  # BT.709
+    ours = (read_clip(tmp_path / "a.mp4", 5, *size).permute(1, 2, 3, 0) + 1) * 127.5
+    for found in (np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), ours.numpy()):
+        middles = found[:, size[0] // 4 :: size[0] // 2, size[1] // 4 :: size[1] // 2].reshape(5, 4, 3)
+        assert np.abs(middles - np.array(PATCHES, float)).max() <= 2.01
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_colours_of_mp4_files_of_before_are_those_that_were_written(tmp_path, edited):
+    """They were BT.601 and did not say so. What FFmpeg's own command wrote, which leaves its name, is BT.709 from 720 lines."""
+    rows, columns = (torch.arange(edge) * 2 // edge for edge in (720, 64))
+    picture = torch.tensor(PATCHES).view(2, 2, 3)[rows][:, columns].to(torch.uint8).numpy()
+    with av.open(str(tmp_path / "a.mp4"), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = 720, 64, "yuv420p"
+        if edited:
+            stream.metadata["encoder"] = "Lavc libx264"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    found = (read_clip(tmp_path / "a.mp4", 5, 720, 64).permute(1, 2, 3, 0) + 1) * 127.5
+    away = (found[:, 180::360, 16::32].reshape(5, 4, 3) - torch.tensor(PATCHES)).abs().amax()
+    assert away > 8 if edited else away <= 2.01, away
 
 
 def test_gifs_hold_every_frame():

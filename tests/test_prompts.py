@@ -202,6 +202,22 @@ def test_columns_that_can_not_be_chosen(write, tmp_path):
         ("p.jsonl", "a cat\n", "line 1: not valid JSON"),
         ("p.csv", "id,prompt\n1,a cat, a dog\n", "line 2 has 3 columns, the first line 2; put prompts with"),
         ("p.csv", "id,prompt\n1\n", "line 2 has 1 columns, the first line 2"),
+        ("p.csv", 'id,prompt\n0,"a\ncat"\n1,"a\ndog",x\n', "line 4 has 3 columns, the first line 2"),
+        (
+            "p.csv",
+            'id,prompt\n1,a cat\n2,"a 12 inch record\n3,a dog\n4,"a fox, running"\n',
+            "line 3: ',' expected after '\"'; a quote in it is not closed before line 5",
+        ),
+        (
+            "p.csv",
+            'file_name,text\na.mp4,"a cat\nb.mp4,a dog"\n',
+            "line 2: its quotes take in line 3, which names another clip",
+        ),
+        (
+            "p.tsv",
+            'a.mp4\ttext\nb.MP4\t"a cat\nc.mp4\ta dog"\n',
+            "line 2: its quotes take in line 3, which names another",
+        ),
         ("p.csv", 'id,prompt\n1,"a cat\n', "line 2: unexpected end of data"),
         (
             "p.csv",

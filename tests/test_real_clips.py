@@ -165,6 +165,15 @@ def test_latents_of_videos_tell_how_they_were_decoded_and_those_of_images_do_not
     assert latent_name(resolve(), "codec", animation) == names["video"]
 
 
+def test_latents_of_other_pixels_of_the_same_clips_are_made_again(resolve, monkeypatch):
+    monkeypatch.setattr("dmdtrain.train.prepare_videos.DECODING", 1)
+    prepare_videos(resolve(), QUIET)
+    before = contents(resolve())
+    monkeypatch.undo()
+    prepare_videos(resolve(), QUIET)
+    assert len(before) == 6 and len(contents(resolve())) == 12
+
+
 def test_another_codec_makes_other_latents(resolve, wan_folder, tmp_path):
     prepare_videos(resolve(), QUIET)
     other = shutil.copytree(wan_folder, tmp_path / "other")

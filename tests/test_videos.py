@@ -208,10 +208,235 @@ def test_the_layout_of_the_hub(good, clips, tmp_path):
 
 
 def test_csv_lines_of_the_wrong_length(clips):
-    (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\n")
+    (clips / "metadata.csv").write_text("file_name,text\ngood.mp4,x\na.mp4,x,y\nb.mp4\nc.mp4,a cat\nruns\n")
     found, dropped = listed(clips)
-    assert found == {"good.mp4": "x"}
-    assert list(dropped.values()) == ["it has more fields than the first line", "it has no caption"]
+    assert found == {"good.mp4": "x", "c.mp4": "a cat"}
+    assert dropped == {
+        f"{clips / 'metadata.csv'}, line 3": "it has more fields than the first line; captions with commas in them need "
+        "double quotes",
+        f"{clips / 'metadata.csv'}, line 4": "it has fewer fields than the first line",
+        f"{clips / 'metadata.csv'}, line 6": "it has fewer fields than the first line; if it is the rest of a caption, that "
+        "needs double quotes",
+    }
+
+
+# A table, what is read of it, and the lines that are told; {}: which line the first of them is said to go on to.
+STRAY_QUOTES = {
+    "an error far below": (
+        'file_name,text\nc1.mp4,a red ball\nc2.mp4,"a 12 inch record\nc3.mp4,x\nc4.mp4,y\nc5.mp4,"a dog, running"\nc6.mp4,z\n',
+        {"c1.mp4": "a red ball", "c6.mp4": "z"},
+        [3, 4, 5, 6],
+        "it can not be read: ',' expected after '\"'; a quote in it is not closed before line 6",
+    ),
+    "open to the end": (
+        'file_name,text\nc1.mp4,x\nc2.mp4,"y\nc3.mp4,z\n\nc4.mp4,z\n',
+        {"c1.mp4": "x"},
+        [3, 4, 6],
+        "it can not be read: unexpected end of data; a quote in it is not closed before line 6",
+    ),
+    "two captions in one": (
+        'file_name,text\r\nc1.mp4,"a red ball\r\nc2.mp4,a blue cube"\r\nc3.mp4,z\r\n',
+        {"c3.mp4": "z"},
+        [2, 3],
+        "it is several rows; a quote in it is not closed before line 3",
+    ),
+    "the caption first": (
+        'text,file_name\n"a red ball,c1.mp4\na blue cube",c2.mp4\nz,c3.mp4\n',
+        {"c3.mp4": "z"},
+        [2, 3],
+        "it is several rows; a quote in it is not closed before line 3",
+    ),
+    "quoted names": (
+        'id,file_name,text\n1,"sub/c1.MP4","a red ball\n2,"sub/c2.MP4","a blue cube"\n3,c3.mp4,z\n',
+        {"c3.mp4": "z"},
+        [2, 3],
+        "it can not be read: ',' expected after '\"'; a quote in it is not closed before line 3",
+    ),
+    "an error within one row": (
+        'file_name,text\nc1.mp4,"a cat\nruns" home\nc2.mp4,x\n',
+        {"c2.mp4": "x"},
+        [2],
+        "it can not be read: ',' expected after '\"'; a quote in it is not closed before line 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRAY_QUOTES)
+def test_every_row_that_a_stray_quote_takes_in_is_told(clips, name):
+    table, wanted, lines, says = STRAY_QUOTES[name]
+    (clips / "metadata.csv").write_bytes(table.encode())
+    found, dropped = listed(clips)
+    assert found == wanted
+    first, *others = (f"{clips / 'metadata.csv'}, line {line}" for line in lines)
+    within = f"it is within the quote that opens in line {lines[0]}"
+    assert dropped == {first: says} | dict.fromkeys(others, within)
+
+
+def test_honest_line_breaks_in_captions_stay(clips):
+    rows = [("file_name", "text", "by"), ("a.mp4", "a cat,\nwhich runs\r\n\nand sleeps", "me"), ("b.mp4", "x\n", "a.b")]
+    with (clips / "metadata.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(rows)
+    assert listed(clips) == ({"a.mp4": "a cat, which runs and sleeps", "b.mp4": "x"}, {})
+
+
+def test_a_quote_that_is_not_closed_in_the_first_line_is_refused(clips):
+    (clips / "metadata.csv").write_text('file_name,text,"by\na.mp4,x,me"\nb.mp4,y,me\n')
+    with pytest.raises(ConfigError, match="can not be read: a quote in its first line is not closed there"):
+        listed(clips)
+
+
+NFC, NFD = "\u00e9t\u00e9", "e\u0301te\u0301"
+
+
+@pytest.mark.parametrize(
+    ("there", "name"),
+    [
+        (NFD, f"{NFC}.mp4"),
+        (NFC, f"{NFD}.mp4"),
+        (f"{NFD}/{NFD}", f"{NFC}/{NFC}.mp4"),
+        ("sub/deep/a", "sub\\deep\\a.mp4"),
+        (f"sub/{NFD}", f"sub\\{NFC}.mp4"),
+        ("a\\b", "a\\b.mp4"),
+    ],
+)
+def test_names_in_another_unicode_form_or_with_backslashes_are_found(resolve, good, clips, there, name):
+    file = clips / f"{there}.mp4"
+    put(good, file.parent, file.stem, None)
+    (clips / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a dog"}))
+    (sample,) = scan(resolve(), QUIET)["data.videos"].samples
+    assert os.fsencode(sample.file) == os.fsencode(file) and report(resolve()) == []
+
+
+def test_names_that_are_not_those_of_the_folder_are_told_as_what_they_are(resolve, good, clips):
+    put(good, clips / "Sub", "Ab", None)
+    lines = [{"file_name": name, "text": "a dog"} for name in ("Sub/ab.mp4", "sub/Ab.mp4", "Sub/none.mp4")]
+    lines += [{"file_name": name, "text": "a dog"} for name in ("..\\a.mp4", "C:\\a.mp4", "\\\\host\\a.mp4")]
+    (clips / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(ConfigError, match="no clip of"):
+        scan(resolve(), QUIET)
+    assert [line["reason"] for line in report(resolve()) if "kind" not in line] == [
+        "ab.mp4 is not there; the folder has Ab.mp4; file names differ by case",
+        "sub is not there; the folder has Sub; file names differ by case",
+        "its file_name leads out of the folder: ../a.mp4",
+        "its file_name leads out of the folder: C:/a.mp4",
+        "its file_name leads out of the folder: //host/a.mp4",
+        "it can not be read: No such file or directory",
+    ]
+
+
+def test_captions_in_another_unicode_form_are_found_and_in_another_case_told(good, clips):
+    put(good, clips, NFD, None)
+    (clips / f"{NFC}.txt").write_text("a cat")
+    put(good, clips, "Ab", None)
+    (clips / "ab.TXT").write_text("a dog")
+    noted = []
+    found, dropped = list_clips(VideoSet(path=str(clips)), "data.videos.0", noted)
+    assert [clip.caption for clip in found] == ["a cat"] and noted == []
+    assert [item.reason for item in dropped] == [
+        "Ab.txt is not there; the folder has ab.TXT; file names differ by case"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- what is left aside
+
+KINDS = {
+    "3gp": "libx264",
+    "3g2": "mpeg4",
+    "f4v": "libx264",
+    "m2ts": "libx264",
+    "mts": "mpeg2video",
+    "m2t": "mpeg2video",
+    "vob": "mpeg2video",
+    "ogv": "libvpx",
+    "mxf": "mpeg2video",
+    "asf": "wmv2",
+    "nut": "mpeg4",
+    "ivf": "libvpx",
+    "y4m": "wrapped_avframe",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_files_that_are_read(resolve, clips, kind):
+    file = write_clip(clips / f"a.{kind.upper()}", 25, codec=KINDS[kind], rate=25)
+    (sample,) = scan(resolve(), QUIET)["data.videos"].samples
+    assert (sample.file, sample.rate) == (file, pytest.approx(25, rel=0.05)) and report(resolve()) == []
+    frames = read_clip(file, 5, 32, 48)
+    assert ((frames[:, 2].permute(1, 2, 0) + 1) * 127.5 - torch.from_numpy(scene(2, 32, 48))).abs().mean() < 20
+
+
+def test_avif_images_are_read(resolve, clips):
+    Image.fromarray(scene(0, 48, 64)).save(clips / "a.avif", quality=95)
+    (clips / "a.txt").write_text("a cat")
+    (sample,) = prepare_videos(resolve({"rollout.num_training_frames": 1}), QUIET)["data.videos"].samples
+    assert (
+        np.abs((read_clip(sample.file, 1, 48, 64)[:, 0].permute(1, 2, 0).numpy() + 1) * 127.5 - scene(0, 48, 64)).mean()
+        < 7
+    )
+
+
+def test_captioned_files_that_are_not_read_are_told(resolve, good, clips):
+    put(good, clips, "a")
+    for name in ("b.h264", "c.wtv", "d.tiff", "e.xyz", "f.txt"):
+        (clips / name).write_bytes(b"\x00\x01")
+        (clips / name).with_suffix(".txt").write_text("a dog")
+    (clips / "g.m2v").write_bytes(b"\x00\x01")
+    for name in ("README.md", "README.txt", "a.json", "list.json", "Thumbs.db", ".DS_Store", "a.srt", "LICENSE"):
+        (clips / name).write_text("{}")
+    found = scan(resolve(), QUIET)
+    lines = {Path(line["where"]).name: line["reason"] for line in report(resolve())}
+    assert lines.keys() == {"b.h264", "c.wtv", "d.tiff", "e.txt", "f.txt", "g.m2v"}
+    assert all("it can not be decoded: it is broken, or none of " in lines[n] for n in ("b.h264", "c.wtv", "d.tiff"))
+    assert lines["g.m2v"] == "it has no caption (g.txt)"
+    assert lines["e.txt"] == "there is no clip beside it, only e.xyz, which is of no kind that is read"
+    assert lines["f.txt"] == "there is no clip beside it"
+    left_out, alone = run_clips.describe_clips(resolve(), found)[1:]
+    assert left_out.strip().startswith("4 left out") and alone.strip().startswith(
+        "2 captions without a clip, listed in "
+    )
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_clips_that_a_metadata_file_does_not_list_are_one_line(resolve, good, clips, tmp_path, by_file):
+    put(good, clips / "deep", "a", None)
+    for number in range(30):
+        put(good, clips / "deep", f"left {number:02d}")
+    put(good, tmp_path / "elsewhere", "linked", None)
+    (clips / "link").symlink_to(tmp_path / "elsewhere")
+    (clips / "more").symlink_to(tmp_path / "elsewhere")
+    (clips / "deep" / "notes.txt").write_text("no caption here")
+    rows = [{"file_name": name, "text": name} for name in ("deep/a.mp4", "more/linked.mp4")] + [{"file_name": "no.mp4"}]
+    (clips / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run = resolve({"data.videos": str(clips / "metadata.jsonl")} if by_file else None)
+    found = scan(run, QUIET)
+    lines = [line for line in report(run) if "kind" in line]
+    assert [Path(line["where"]).name for line in lines] == [f"left {number:02d}.mp4" for number in range(30)]
+    assert {line["reason"] for line in lines} == {f"{clips / 'metadata.jsonl'} does not list it"}
+    (line,) = [line for line in run_clips.describe_clips(run, found) if "does not list" in line]
+    says = f"30 clips that metadata.jsonl does not list, listed in {run.output_dir / 'data_report.jsonl'}; the first: "
+    assert line.strip().startswith(says + str(clips / "deep" / "left 00.mp4"))
+    rows.pop()
+    (clips / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert scan(resolve({"data.on_bad_video": "error"}), QUIET)  # they are no mistake
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "repeats"), [(8, 16, 2), (10, 12, 1), (16, 16, 0), (25, 16, 0), (8, None, 0), (15, 16, 1)]
+)
+def test_clips_that_are_filled_up_by_repeated_frames_are_counted(resolve, clips, rate, fps, repeats):
+    write_clip(clips / "a.mp4", 12, rate=rate)
+    run = resolve({"data.fps": fps})
+    found = prepare_videos(run, QUIET)
+    frames = read_clip(clips / "a.mp4", 5, 32, 48, fps)
+    assert sum(torch.equal(a, b) for a, b in zip(frames.unbind(1), frames.unbind(1)[1:], strict=False)) == repeats
+    if repeats:
+        (line,) = report(run)
+        assert line["where"] == str(clips / "a.mp4")
+        assert line["reason"] == f"it has {rate} frames a second; at {fps}, {repeats} of 5 frames are repeats"
+        says = "1 clips of fewer frames a second than data.fps, which repeat frames, listed in "
+        assert run_clips.describe_clips(run, found)[1].strip().startswith(says)
+    else:
+        assert report(run) == [] and len(run_clips.describe_clips(run, found)) == 1
 
 
 @pytest.mark.parametrize(

@@ -487,8 +487,8 @@ class VideoSet(Group):
 
     path: PathText
     """Folder with `clip.mp4` and `clip.txt` at any depth; or with `metadata.jsonl`, `.csv` or `.parquet` (file_name and a
-    caption column) in it or in folders below; or such a file itself. Images are videos of one frame, for runs that need no
-    more; what is transparent in them is white."""
+    caption column) in it or in folders below; or such a file itself. Names may differ from the folder's in Unicode form, not in
+    case. Images are videos of one frame, for runs that need no more; what is transparent in them is white."""
     weight: Positive | None = None
     """Share of the draws relative to the other sets' weights, whatever their sizes. None (in all sets): in proportion to
     clips times repeats."""
@@ -542,7 +542,8 @@ class Data(Group):
     their captions: a path, or a list of paths or of `path`, `weight`, `repeats`, `caption_column`. Each clip gives its first
     frames, as many as a training video has."""
     fps: Positive | None = None
-    """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. None: every frame as it comes."""
+    """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. A clip that has fewer repeats frames,
+    and is told. None: every frame as it comes."""
     frame_interval: Count = 1
     """Without fps: every so many-th frame of a clip as it comes; 2 halves its rate."""
     crop: Literal["center", "random", "none"] = "center"
@@ -556,7 +557,7 @@ class Data(Group):
     """Pixels of the shorter edge below which a clip is left out."""
     on_bad_video: Literal["skip", "error"] = "skip"
     """skip: clips that can not be used are counted, and listed with their reasons in output_dir/data_report.jsonl. error: the
-    first one ends the command."""
+    first one ends the command. Captions without a clip, and clips that a metadata file does not list, are told in both."""
 
     @model_validator(mode="after")
     def _check(self):

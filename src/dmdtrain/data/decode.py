@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -17,11 +18,13 @@ from typing import IO, Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import Colorspace
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmdtrain.data.frames import NO_TIMES, Video, monotone
 from dmdtrain.data.picture import (
     LARGEST_FRAME,
+    UNSAID,
     check_size,
     deinterlaced,
     display_size,
@@ -33,14 +36,17 @@ from dmdtrain.data.picture import (
 from dmdtrain.data.videos import IMAGES, Unreadable, shown
 
 # Whatever a file is called, it is opened as one of these: playlists, which can name other files and addresses, are not.
-FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf"
+FORMATS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,mxf,dv,rm,nut,ivf,yuv4mpegpipe"
 # The same for images: others of Pillow's readers start programs (EPS) or are not what such names promise.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF")
 OPTIONS: dict[str, Any] = {"options": {"format_whitelist": FORMATS}, "metadata_errors": "replace"}
 # What Pillow's readers raise of broken files, besides its own errors.
 BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, SyntaxError, TypeError, struct.error, zlib.error)
 SLACK = 0.1  # of a frame that is asked for: some containers round time stamps to milliseconds, GIFs to hundredths
 SHORTEST = 10  # milliseconds; a picture of an animation that lasts no longer lasts 100, as in browsers
+# How an mp4 of ours begins. If it names no matrix it is of before, and BT.601 at every size; FFmpeg's own command, which may
+# begin likewise, leaves its name.
+UNTAGGED = re.compile(rb"x264 - core .* rc=crf mbtree=1 crf=12\.0 ", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,8 @@ def _chosen(
 def _video(file: Path) -> Iterator[Video]:
     """An open video; whatever is wrong with it as ValueError."""
     # Through a handle: names of any bytes, and none that FFmpeg takes for an address.
+    with _opened(file) as handle, _decodable():
+        ours = UNTAGGED.search(handle.read(2048))
     with _opened(file) as handle, _decodable(), av.open(handle, **OPTIONS) as container:
         stream: Any = container.streams.best("video")
         if stream is None:
@@ -192,6 +200,8 @@ def _video(file: Path) -> Iterator[Video]:
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
         check_size(stream.codec_context.width, stream.codec_context.height)
+        if ours and "encoder" not in stream.metadata and stream.codec_context.colorspace == UNSAID:
+            stream.codec_context.colorspace = Colorspace.ITU601
         yield Video(container, stream)
 
 

@@ -12,10 +12,15 @@ import av.filter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation
 
 LARGEST_FRAME = 2**26  # pixels: 8192 x 8192
 NARROWEST = 32  # long to short edge; what is cut off beyond that would fill the memory first
+# Between RGB and YUV, to be named wherever one becomes the other: without it colours come out 1 to 3 levels too dark.
+EXACT = (
+    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
+)
+UNSAID = 2  # the matrix of a video that names none
 HD = 720  # lines from which video that does not say so is BT.709
 WHITE_NITS = 203  # of HDR: what SDR shows as white (BT.2408)
 # What white is coded as, from 0 to 1, of transfer functions of HDR.
@@ -52,9 +57,9 @@ def picture(frame: Any) -> np.ndarray:
     """[H, W, 3], upright and on white: uint8 in BT.709, or uint16 where `to_bt709` is still to be applied."""
     alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
     kind = ("rgba64le" if alpha else "rgb48le") if is_wide(frame) else ("rgba" if alpha else "rgb24")
-    unsaid = int(frame.colorspace) == 2
     guess = Colorspace.BT2020 if is_wide(frame) else Colorspace.ITU709 if frame.height >= HD else None
-    pixels = frame.to_ndarray(format=kind, src_colorspace=guess if unsaid else None)
+    matrix = guess if frame.colorspace == UNSAID else None
+    pixels = frame.to_ndarray(format=kind, src_colorspace=matrix, interpolation=EXACT)
     if alpha:
         pixels = _on_white(pixels, HDR_WHITE.get(frame.color_trc, 1.0))
     turned, mirrored, upside_down = _orientation(frame)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,37 +153,71 @@ def long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
+def csv_records(text: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str], list[str] | str]]:
+    """Each record of a table: the number of the line at which it begins, its lines, and its fields or what is wrong with it.
+
+    A quote that is not closed makes all that follows, up to the next quote, one record.
+    """
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in text:
+            taken.append(line)
+            yield line
+
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        begin = rows.line_num + 1
+        taken.clear()
+        try:
+            fields: list[str] | str | None = next(rows, None)
+        except csv.Error as error:
+            fields = str(error)
+        if fields is None:
+            return
+        yield begin, list(taken), fields
+
+
 def _table(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
     with long_fields():
         yield from _table_rows(path, column, delimiter)
 
 
 def _table_rows(path: Path, column: str | None, delimiter: str) -> Iterator[str]:
-    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        names = [name.strip() for name in next((row for row in rows if row), [])]
+    from dmdtrain.data.videos import rows_within  # which imports this module
+
+    names: list[str] = []
+    index = 0
+    for begin, lines, row in csv_records(io.StringIO(_text(path), newline=""), delimiter):
+        if isinstance(row, str):
+            end = f"; a quote in it is not closed before line {begin + len(lines) - 1}" if len(lines) > 1 else ""
+            raise ValueError(f"line {begin}: {row}{end}")
+        if taken := rows_within(lines, delimiter):
+            raise ValueError(f"line {begin}: its quotes take in line {begin + taken[0]}, which names another clip")
         if not names:
-            return
-        if len(names) == 1 and column is None and re.search(r"[\s,;]", names[0]):
+            if names := [name.strip() for name in row]:
+                index = _index_of_prompts(names, column, delimiter)
+            continue
+        if row and len(row) != len(names):
             raise ValueError(
-                f"its first line must name the columns, with {'commas' if delimiter == ',' else 'tabs'} between them; "
-                f"it is {_shortened(names[0])!r}"
+                f"line {begin} has {len(row)} columns, the first line {len(names)}; "
+                "put prompts with separators in them in double quotes"
             )
-        if len(names) == 1 and column is None and names[0].lower() not in LONE:
-            raise ValueError(
-                f"is its first line, {_shortened(names[0])!r}, a prompt or the name of the column? Put `prompt` above it, or "
-                "name the column in data.prompt_column"
-            )
-        index = names.index(_choose(names, column))
-        for row in rows:
-            if row and len(row) != len(names):
-                raise ValueError(
-                    f"line {rows.line_num} has {len(row)} columns, the first line {len(names)}; "
-                    "put prompts with separators in them in double quotes"
-                )
-            yield row[index] if row else ""
-    except csv.Error as error:
-        raise ValueError(f"line {rows.line_num}: {error}") from None
+        yield row[index] if row else ""
+
+
+def _index_of_prompts(names: list[str], column: str | None, delimiter: str) -> int:
+    if len(names) == 1 and column is None and re.search(r"[\s,;]", names[0]):
+        raise ValueError(
+            f"its first line must name the columns, with {'commas' if delimiter == ',' else 'tabs'} between them; "
+            f"it is {_shortened(names[0])!r}"
+        )
+    if len(names) == 1 and column is None and names[0].lower() not in LONE:
+        raise ValueError(
+            f"is its first line, {_shortened(names[0])!r}, a prompt or the name of the column? Put `prompt` above it, or "
+            "name the column in data.prompt_column"
+        )
+    return names.index(_choose(names, column))
 
 
 @contextmanager

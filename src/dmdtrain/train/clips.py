@@ -7,7 +7,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +15,10 @@ from rich.console import Console
 
 from dmdtrain.config import VAE_TEMPORAL_FACTOR, ConfigError, VideoSet, unwritable
 from dmdtrain.data.buckets import Size, bucket_size
-from dmdtrain.data.decode import check_length, quiet_images
+from dmdtrain.data.decode import SLACK, check_length, quiet_images
 from dmdtrain.data.latents import holds_latents
 from dmdtrain.data.sources import Source, SourceIndex, header_of, inspect
-from dmdtrain.data.videos import IMAGES, Clip, Dropped, Unreadable, list_clips, shown
+from dmdtrain.data.videos import IMAGES, Clip, Dropped, Noted, Unreadable, list_clips, shown
 from dmdtrain.files import write_text
 from dmdtrain.train.log import Live
 from dmdtrain.train.setup import Run, cache_root, with_prompts
@@ -55,6 +55,7 @@ class Clips:
     samples: list[Sample]
     dropped: list[Dropped]
     captions: list[str] = field(default_factory=list)  # of all that validation does not keep, usable or not
+    noted: list[Noted] = field(default_factory=list)
 
 
 def clip_sets(run: Run) -> dict[str, list[VideoSet]]:
@@ -111,21 +112,23 @@ def scan(run: Run, console: Console) -> dict[str, Clips]:
     for key, listed in sets.items():
         samples: list[Sample] = []
         dropped: list[Dropped] = []
+        noted: list[Noted] = []
         captions: list[tuple[str, str]] = []  # each with the hash of its clip
         for number, video_set in enumerate(listed):
             name = key if key == "warmup.data" else f"{key}.{number}"
             path = Path(video_set.path).expanduser()
             if holds_latents(path, name):
                 raise ConfigError(f"{name}: {shown(path)} holds latents, not clips; valid as warmup.data")
-            clips, unlisted = list_clips(video_set, name)
+            clips, unlisted = list_clips(video_set, name, noted)
             sources = _inspect([clip.file for clip in clips], index, console)
             used, unused = _sort_out(run, number, clips, sources)
             samples += used
             dropped += unlisted + unused
+            noted += _repeating(run, used)
             captions += [(clip.caption, source.sha256) for clip, source in zip(clips, sources, strict=True)]
         # In an order that names and places of the files have no part in: a run goes on when they have changed.
         samples.sort(key=lambda sample: (sample.data_set, sample.sha256, sample.caption))
-        whole = Clips(key, listed, samples, dropped)
+        whole = Clips(key, listed, samples, dropped, noted=noted)
         kept = held_out(run, whole)
         hashes = {sample.sha256 for sample in kept}
         texts = sorted({caption for caption, sha256 in captions if sha256 not in hashes})
@@ -207,6 +210,20 @@ def _sample(run: Run, number: int, clip: Clip, source: Source) -> Sample:
     return Sample(source.sha256, clip.caption, (height, width), number, clip.file, seconds, rate, header.interlaced)
 
 
+def _repeating(run: Run, samples: list[Sample]) -> list[Noted]:
+    """Clips some of whose frames `read_clip` takes several times, by their average rate."""
+    fps, frames, noted = run.config.data.fps, num_frames(run), []
+    if fps is None:
+        return []
+    kind = "clips of fewer frames a second than data.fps, which repeat frames"
+    for sample in samples:
+        taken = {int((number + SLACK) * sample.rate / fps) for number in range(frames)}
+        if sample.rate and (repeats := frames - len(taken)):
+            reason = f"it has {sample.rate:.4g} frames a second; at {fps:g}, {repeats} of {frames} frames are repeats"
+            noted.append(Noted(shown(sample.file), reason, kind))
+    return noted
+
+
 def how_read(run: Run) -> str:
     """How a clip is read; where that has failed, it is not tried again."""
     data = run.config.data
@@ -264,9 +281,13 @@ def _needed(run: Run) -> str:
 
 
 def write_report(run: Run, found: dict[str, Clips]) -> None:
-    """Lists what is not used, with reasons; a report of before goes where there is nothing to list."""
+    """Lists what is not used, with reasons, and what is noted, with its kind; a report of before goes if there is nothing to
+    list."""
     file = run.output_dir / REPORT
-    lines = [{"key": c.key, "where": d.where, "reason": d.reason} for c in found.values() for d in c.dropped]
+    lines = []
+    for clips in found.values():
+        lines += [{"key": clips.key, "where": d.where, "reason": d.reason} for d in clips.dropped]
+        lines += [{"key": clips.key, **asdict(note)} for note in clips.noted]
     if not lines:
         file.unlink(missing_ok=True)
         return
@@ -306,5 +327,10 @@ def describe_clips(run: Run, found: dict[str, Clips]) -> list[str]:
             lines.append(
                 f"{'':<15} {len(clips.dropped):,} left out, listed in {run.output_dir / REPORT}; the first: "
                 f"{first.where}: {first.reason}"
+            )
+        for kind, count in Counter(note.kind for note in clips.noted).items():
+            one = next(note for note in clips.noted if note.kind == kind)
+            lines.append(
+                f"{'':<15} {count:,} {kind}, listed in {run.output_dir / REPORT}; the first: {one.where}: {one.reason}"
             )
     return lines

@@ -103,7 +103,9 @@ def prepare_videos(run: Run, console: Console, scanned: dict[str, Clips] | None 
                 index.add(source)
         used = [sample for sample in clips.samples if names[sample] not in failed]
         dropped = clips.dropped + [Dropped.of(sample.file, failed[names[sample]]) for sample in lost]
-        found[key] = replace(clips, samples=used, dropped=dropped)
+        gone = {item.where for item in dropped}
+        noted = [note for note in clips.noted if note.where not in gone]
+        found[key] = replace(clips, samples=used, dropped=dropped, noted=noted)
     write_report(run, found)
     for clips in found.values():
         refuse_useless(run, clips)

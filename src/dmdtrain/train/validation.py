@@ -12,8 +12,10 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageDraw, ImageFont
 
+from dmdtrain.data.picture import EXACT
 from dmdtrain.files import atomic, sync, write_text
 from dmdtrain.miniature import clips, scorer
 
@@ -37,7 +39,10 @@ def to_frames(video: torch.Tensor, min_edge: int = 128) -> np.ndarray:
 
 
 class Mp4Writer:
-    """H.264, written frame by frame beside its name and renamed when it is whole. `min_edge` as in `to_frames`."""
+    """H.264, written frame by frame beside its name and renamed when it is whole. `min_edge` as in `to_frames`.
+
+    It is BT.709 in limited range and says so: players guess by the size what a file does not say.
+    """
 
     def __init__(self, file: Path, fps: int, min_edge: int = 128):
         self.file, self.min_edge = file, min_edge
@@ -45,6 +50,9 @@ class Mp4Writer:
         self.container = av.open(str(self.partial), "w", format="mp4")
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
         self.stream.pix_fmt = "yuv420p"
+        codec = self.stream.codec_context
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
     def write(self, video: torch.Tensor) -> None:
         """The next frames: [3, t, H, W] in [-1, 1]."""
@@ -52,7 +60,13 @@ class Mp4Writer:
         if not self.stream.codec_context.is_open:  # the first frames tell the size
             self.stream.height, self.stream.width = frames.shape[1:3]
         for frame in frames:
-            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            image = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=EXACT,
+            )
+            self.container.mux(self.stream.encode(image))
 
     def __enter__(self) -> Mp4Writer:
         return self
