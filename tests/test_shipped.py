@@ -69,6 +69,19 @@ CAUSAL = {
 }
 
 
+WAN22_5B = {
+    "model.base": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "model.flow_shift": 5.0,
+    "rollout.causal": False,
+    "rollout.num_training_frames": 31,
+    "data.resolution": "1280x704",
+    "data.fps": 24,
+    "validation.num_frames": 121,
+    "validation.resolution": "1280x704",
+    "validation.fps": 24,
+}
+
+
 def value_of(config, key: str):
     group, field = key.split(".")
     return getattr(getattr(config, group), field)
@@ -87,6 +100,11 @@ def test_quickstart_values(name, values):
     assert {key: value_of(config, key) for key in values} == values
     assert config.data.negative_prompt.startswith("色调艳丽") and config.data.negative_prompt.endswith("倒着走")
     assert config.validation.negative_prompt == config.data.negative_prompt
+
+
+def test_the_5b_is_trained_at_its_own_size_and_rate():
+    config = load(CONFIGS / "wan22_5b.yaml")
+    assert {key: value_of(config, key) for key in WAN22_5B} == WAN22_5B
 
 
 @pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_causal"])
