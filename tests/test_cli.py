@@ -332,7 +332,7 @@ def test_a_hub_id_that_can_not_be_had(refused_fit, monkeypatch):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (remove("model_index.json"), ["model_index.json is missing; is it a Diffusers folder of Wan 2.1?"]),
+        (remove("model_index.json"), ["model_index.json is missing; is it a Diffusers folder of Wan?"]),
         (remove("vae/config.json"), ["vae/config.json is missing"]),
         (remove("tokenizer/tokenizer_config.json"), ["tokenizer/tokenizer_config.json is missing"]),
         (remove("scheduler/scheduler_config.json"), ["scheduler/scheduler_config.json is missing"]),
@@ -350,7 +350,7 @@ def test_a_hub_id_that_can_not_be_had(refused_fit, monkeypatch):
             edit_json("text_encoder/config.json", architectures=["T5EncoderModel"]),
             ["text_encoder is a T5EncoderModel; it must be a UMT5EncoderModel"],
         ),
-        (edit_json("transformer/config.json", in_channels=36), ["not a text-to-video model", "36 channels", "makes 4"]),
+        (edit_json("transformer/config.json", in_channels=36), ["text to video only: ", "36 channels", "makes 4"]),
         (edit_json("vae/config.json", scale_factor_temporal=8), ["does not compress time by 4"]),
         (remove(WEIGHTS["transformer"]), ["transformer holds no .safetensors weights"]),
         (remove(WEIGHTS["text_encoder"]), ["text_encoder holds no .safetensors weights"]),
@@ -403,7 +403,7 @@ def test_a_codec_that_is_broken_when_it_is_needed(wan_folder, trained, ckpt, tmp
     ("changes", "says"),
     [
         ({"text_dim": 24}, "text_dim is 24, the base has 16; they must agree"),
-        ({"in_channels": 8, "out_channels": 8}, "not a text-to-video model"),
+        ({"in_channels": 8, "out_channels": 8}, "text to video only: the transformer takes 8 channels"),
         ({"out_channels": 8}, "transformer/config.json: out_channels: 8: it must be in_channels, 4"),
     ],
 )

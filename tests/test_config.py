@@ -672,7 +672,7 @@ def test_causal_frames_must_fill_their_blocks(refusal, load_text):
     message = refusal("rollout: {causal: true, num_training_frames: 31}")
     assert message == (
         "rollout.num_training_frames: 31 latent frames; it must be a multiple of num_frame_per_block (3), "
-        "the nearest are 30 and 33"
+        "the nearest are 30 and 33, or set rollout.independent_first_frame if 1 + blocks fits"
     )
     first = (
         "validation: {num_frames: 121}\nrollout: {causal: true, independent_first_frame: true, num_training_frames: %d}"

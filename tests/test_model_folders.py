@@ -230,18 +230,25 @@ BAD = {
     "no architectures": (edit_json(TEXT, architectures=[]), [f"{TEXT} names no class; it must be a UMT5Enc"]),
     "another pipeline": (
         edit_json(INDEX, _class_name="StableDiffusionPipeline"),
-        [f"{INDEX} is of a StableDiffusionPipeline; it must be a WanPipeline, text to video"],
+        [f"text to video only: {INDEX} is of a StableDiffusionPipeline; valid are Wan 2.1 T2V (1.3B, 14B) and Wan"],
     ),
     "image to video": (
         edit_json(INDEX, _class_name="WanImageToVideoPipeline"),
-        [f"{INDEX} is of a WanImageToVideoPipeline; it must be a WanPipeline, text to video"],
+        [f"text to video only: {INDEX} is of a WanImageToVideoPipeline; valid are Wan 2.1 T2V"],
     ),
     "no pipeline": (edit_json(INDEX, _class_name=None), [f"{INDEX} names no class; it must be a WanPipeline"]),
     "two transformers": (
-        edit_json(INDEX, transformer_2=["diffusers", "WanTransformer3DModel"]),
-        [f"{INDEX} is of a Wan 2.2; it must be a Wan 2.1"],
+        edit_json(INDEX, transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875),
+        [f"text to video only: {INDEX} is of two transformers that take turns, as in Wan 2.2 A14B (transformer_2); "],
     ),
-    "expanded timesteps": (edit_json(INDEX, expand_timesteps=True), [f"{INDEX} is of a Wan 2.2"]),
+    "one of two transformers": (
+        edit_json(INDEX, boundary_ratio=0.9),
+        [f"text to video only: {INDEX} is of two transformers that take turns, as in Wan 2.2 A14B (boundary_ratio); v"],
+    ),
+    "an encoder of images": (
+        edit_json(INDEX, image_encoder=["transformers", "CLIPVisionModel"]),
+        [f"text to video only: {INDEX} is of a model that takes an image (image_encoder); valid are Wan 2.1 T2V"],
+    ),
     # Values.
     "layers in words": (edit_json(TRANSFORMER, num_layers="2"), [f"{TRANSFORMER}: num_layers: 2: no int that a Wan"]),
     "layers in halves": (edit_json(TRANSFORMER, num_layers=2.0), [f"{TRANSFORMER}: num_layers: 2.0: "]),
@@ -258,7 +265,18 @@ BAD = {
     "rope": (edit_json(TRANSFORMER, rope_max_seq_len=10**12), [f"{TRANSFORMER}: rope_max_seq_len: 1000000000000: "]),
     "eps of 0": (edit_json(TRANSFORMER, eps=0), [f"{TRANSFORMER}: eps: 0: "]),
     "eps NaN": (edit_json(TRANSFORMER, eps=float("nan")), [f"{TRANSFORMER}: eps: nan: "]),
-    "image": (edit_json(TRANSFORMER, image_dim=1280), ["not a text-to-video model"]),
+    "image": (
+        edit_json(TRANSFORMER, image_dim=1280),
+        [f"text to video only: {TRANSFORMER}: image_dim: 1280: the model"],
+    ),
+    "keys of an image": (
+        edit_json(TRANSFORMER, added_kv_proj_dim=24),
+        [f"text to video only: {TRANSFORMER}: added_kv_proj_dim: 24: the model takes an image; valid are Wan 2.1"],
+    ),
+    "channels of an image": (
+        edit_json(TRANSFORMER, in_channels=36),
+        ["text to video only: the transformer takes 36 channels, the codec makes 4; valid are Wan 2.1 T2V"],
+    ),
     "more channels": (
         edit_json(TRANSFORMER, out_channels=8),
         [f"{TRANSFORMER}: out_channels: 8: it must be in_channels"],
@@ -579,6 +597,9 @@ GOOD = {
     "an older Diffusers": both(edit_json(INDEX, transformer_2=None, expand_timesteps=None, boundary_ratio=None)),
     "another variant beside it": lambda folder: (folder / "vae/diffusion_pytorch_model.fp16.safetensors").touch(),
     "fp16": edit_tensors("transformer", lambda t: t.update({name: value.half() for name, value in t.items()})),
+    "expanded timesteps": edit_json(
+        INDEX, expand_timesteps=True, image_encoder=[None, None], transformer_2=[None, None]
+    ),
     "unknown keys": both(edit_json(TRANSFORMER, window=[-1, -1]), edit_json(TEXT, scalable_attention=True)),
     "large": edit_json(TRANSFORMER, rope_max_seq_len=1 << 20),
 }
@@ -617,6 +638,7 @@ def test_a_run_on_links(broken_folder, config_file):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_models_are_in_order(broken_folder, name):
     """Their descriptions as they are on the hub, with headers of the right size and holes for weights."""
+    published = PUBLISHED[name]
     vae = {
         "_class_name": "AutoencoderKLWan",
         "attn_scales": [],
@@ -625,8 +647,7 @@ def test_the_published_models_are_in_order(broken_folder, name):
         "dropout": 0.0,
         "num_res_blocks": 2,
         "temperal_downsample": [False, True, True],
-        "z_dim": 16,
-    }
+    } | published.vae
     text = UMT5_XXL | {
         "architectures": ["UMT5EncoderModel"],
         "model_type": "umt5",
@@ -641,12 +662,12 @@ def test_the_published_models_are_in_order(broken_folder, name):
     }
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
-        "flow_shift": 3.0,
+        "flow_shift": published.flow_shift,
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
     }
-    configs = {"transformer": PUBLISHED[name], "vae": vae, "text_encoder": text}
+    configs = {"transformer": published.transformer, "vae": vae, "text_encoder": text}
 
     def edit(folder: Path) -> None:
         for part, config in configs.items():
@@ -657,7 +678,7 @@ def test_the_published_models_are_in_order(broken_folder, name):
     begin = time.monotonic()
     folder = find_folder(str(broken_folder(edit)), "model.base")
     assert time.monotonic() - begin < 10
-    assert folder.flow_shift == 3.0 and folder.size_multiple == 16
+    assert (folder.flow_shift, folder.size_multiple) == ((5.0, 32) if "5B" in name else (3.0, 16))
     assert load_scheduler(folder, 8.0).config.flow_shift == 8.0
 
 

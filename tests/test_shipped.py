@@ -86,6 +86,17 @@ RECOMMENDED = {
     "ema.warmup": True,
     "train.gradient_accumulation": 8,
 }
+WAN22_5B = {
+    "model.base": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "model.flow_shift": 5.0,
+    "rollout.causal": False,
+    "rollout.num_training_frames": 31,
+    "data.resolution": "1280x704",
+    "data.fps": 24,
+    "validation.num_frames": 121,
+    "validation.resolution": "1280x704",
+    "validation.fps": 24,
+}
 
 
 def value_of(config, key: str):
@@ -106,6 +117,7 @@ def test_every_shipped_config_loads(file):
         ("wan_3step_recommended", RECOMMENDED),
         ("wan_3step_causal_recommended", RECOMMENDED | {"rollout.causal": True, "warmup.kind": "ode_regression"}),
         ("wan_14b_single_gpu", RECOMMENDED),
+        ("wan22_5b", RECOMMENDED | WAN22_5B),
     ],
 )
 def test_shipped_values(name, values):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="dmdtrain",
-    help="Distils Wan 2.1 text-to-video into a student that needs 3 steps instead of 50 (distribution matching distillation).",
+    help="Distils Wan text-to-video into a student that needs 3 steps instead of 50 (distribution matching distillation).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

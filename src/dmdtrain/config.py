@@ -36,7 +36,7 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 Precision = Literal["fp32", "bf16", "int8", "int8-llm", "nf4"]
 
 VERSION = 1  # of the configuration's format
-VAE_TEMPORAL_FACTOR = 4  # of every Wan 2.1 codec; checked against the model's own config when it is loaded
+VAE_TEMPORAL_FACTOR = 4  # of every Wan codec; checked against the model's own config when it is loaded
 
 
 class ConfigError(Exception):
@@ -409,6 +409,7 @@ class Rollout(Group):
             if frames is not None and (near := self.nearest_blocks(frames)):
                 raise ValueError(
                     f"{key}: {frames} latent frames; it must be {self.block_rule}, the nearest are {near[0]} and {near[1]}"
+                    f"{self.first_frame_hint}"
                 )
         if gradient is not None and gradient < self.num_training_frames and gradient % self.num_frame_per_block:
             raise ValueError(
@@ -430,6 +431,10 @@ class Rollout(Group):
         return f"{'1 + ' * self.independent_first_frame}a multiple of num_frame_per_block ({self.num_frame_per_block})"
 
     @property
+    def first_frame_hint(self) -> str:
+        return "" if self.independent_first_frame else ", or set rollout.independent_first_frame if 1 + blocks fits"
+
+    @property
     def scored_frames(self) -> int:
         """Latent frames that the scores see, of the longest rollout."""
         return min(self.num_training_frames, self.num_gradient_frames or self.num_training_frames)
@@ -447,12 +452,9 @@ def check_blocks(rollout: Rollout, num_frames: int, key: str) -> None:
     near = rollout.nearest_blocks(latent_frames(num_frames)) if rollout.causal else None
     if near is not None:
         counts = " and ".join(str(1 + VAE_TEMPORAL_FACTOR * (count - 1)) for count in near)
-        hint = (
-            "" if rollout.independent_first_frame else ", or set rollout.independent_first_frame where 1 + blocks fits"
-        )
         raise ValueError(
             f"{key}: {num_frames} frames are {latent_frames(num_frames)} latent frames; they must be {rollout.block_rule}; "
-            f"the nearest valid counts are {counts}{hint}"
+            f"the nearest valid counts are {counts}{rollout.first_frame_hint}"
         )
 
 
@@ -542,8 +544,8 @@ class Data(Group):
     their captions: a path, or a list of paths or of `path`, `weight`, `repeats`, `caption_column`. Each clip gives its first
     frames, as many as a training video has."""
     fps: Positive | None = None
-    """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16. A clip that has fewer repeats frames,
-    and is told. None: every frame as it comes."""
+    """Frames a second that are taken from a clip, by its time stamps; Wan 2.1 makes 16, Wan 2.2 5B 24. A clip that has fewer
+    repeats frames, and is told. None: every frame as it comes."""
     frame_interval: Count = 1
     """Without fps: every so many-th frame of a clip as it comes; 2 halves its rate."""
     crop: Literal["center", "random", "none"] = "center"
@@ -699,8 +701,8 @@ class Validation(Group):
     """For a guidance_scale above 1, and for the teacher that --compare-teacher runs."""
     seed: Seed = 42
     """Prompt number i starts from seed + i."""
-    fps: Count = 16
-    """Frames a second of the videos that are written."""
+    fps: Count | None = None
+    """Frames a second of the videos that are written. None: the model's own: Wan 2.1 makes 16, Wan 2.2 5B 24."""
     real_clips: CountOrZero = 0
     """Clips of data.videos that are kept from training. At every validation the student's flow-matching loss on them is logged
     (`validation_ema_real_loss`), with the same noise and timesteps each time."""

@@ -208,7 +208,7 @@ def write_pipeline(
 
     Args:
         precision: fp32 or bf16, of the merged transformer. scale: alpha / rank, or None for a student trained whole.
-        facts: as `Run.sampling` gives them, with height, width and num_frames of a call.
+        facts: as `Run.sampling` gives them, with height, width and num_frames of a call, and fps.
     """
     scheduler = None if facts["causal"] else stock_scheduler(facts["timesteps"])
     transformer = load_transformer(base, precision)
@@ -233,7 +233,7 @@ def _fill_pipeline(
     stock.save_pretrained(partial / "scheduler")
     index = json.loads((base.path / "model_index.json").read_text(encoding="utf-8"))
     index |= {"_class_name": "WanPipeline", "scheduler": ["diffusers", type(stock).__name__]}
-    index = {key: value for key, value in index.items() if key.startswith("_") or isinstance(value, list)}
+    index = {k: v for k, v in index.items() if k.startswith(("_", "expand_timesteps")) or isinstance(v, list)}
     if scheduler is None:
         index.pop("transformer_2", None)
         index["_class_name"] = [PIPELINE_MODULE, PIPELINE_CLASS]
@@ -267,6 +267,6 @@ from diffusers.utils import export_to_video
 
 pipe = DiffusionPipeline.from_pretrained({load}, torch_dtype=torch.bfloat16).to("cuda")
 video = pipe("a prompt", {call}).frames[0]
-export_to_video(video, "video.mp4", fps=16)
+export_to_video(video, "video.mp4", fps={facts["fps"]})
 ```
 """ + (f"\n{only_these_steps(len(facts['timesteps']))}\n" if stock else "")

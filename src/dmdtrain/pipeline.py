@@ -51,7 +51,9 @@ class FewStepWanPipeline(WanPipeline):
     ):
         if not timesteps:
             raise ValueError("timesteps: the student's denoising steps are needed")
-        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio)
+        super().__init__(
+            tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
+        )
         self.register_to_config(
             timesteps=timesteps,
             num_frame_per_block=num_frame_per_block,
@@ -94,6 +96,9 @@ class FewStepWanPipeline(WanPipeline):
         height, width, num_frames = height or config.height, width or config.width, num_frames or config.num_frames
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self.check_inputs(prompts, None, height, width)
+        multiple = self.vae_scale_factor_spatial * max(self.transformer.config.patch_size[1:])
+        if height % multiple or width % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}; they are {height} and {width}")
         if generator is None:
             generator = [torch.Generator().manual_seed(torch.seed()) for _ in prompts]
         generators = generator if isinstance(generator, list) else [generator]

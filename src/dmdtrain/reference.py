@@ -48,6 +48,7 @@ def derived(config: Config) -> dict[str, str]:
         "log.wandb": "not used",
         "log.webhook": "not used",
         "hub.model_id": "nothing is uploaded",
+        "validation.fps": "the model's own",
         "validation.prompts": "wan-tiny's held-out captions" if config.model.base == "wan-tiny" else "library",
         "validation.tiled_decoding": "for frames above 832 x 480 pixels",
         "validation.steps": f"as dmd.denoising_steps, {','.join(f'{t:g}' for t in config.dmd.denoising_steps)}",

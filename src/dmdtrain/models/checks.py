@@ -32,6 +32,7 @@ NEEDED = {
 LARGEST, MOST = 1 << 20, 256  # sizes; layers, heads and entries of a list
 FLOATS = ("F64", "F32", "F16", "BF16")
 WHOLE_UMT5 = ("decoder.", "lm_head.")  # beside the encoder
+VALID = "valid are Wan 2.1 T2V (1.3B, 14B) and Wan 2.2 TI2V-5B, in Diffusers' format"
 TRAIN_TIMESTEPS = 1000
 
 
@@ -43,7 +44,7 @@ def check_folder(path: Path, weights: bool) -> dict[str, dict[str, Any]]:
     """The description of each part of a folder that is in order; weights: whether they have to be there.
 
     Raises:
-        BadFolder: not a Wan 2.1 text-to-video folder, or a part of it is missing or broken.
+        BadFolder: not a Wan text-to-video folder, or a part of it is missing or broken.
     """
     _check_place(path)
     _check_index(_read_json(path, "model_index.json"))
@@ -78,19 +79,27 @@ def _check_place(path: Path) -> None:
 
 
 def _check_index(index: dict[str, Any]) -> None:
+    """`expand_timesteps` may be either: without an image, a timestep for each token is the same one for all of them."""
     kind = index.get("_class_name")  # a list: a pipeline with code of its own, such as `export-pipeline` writes
     if kind != "WanPipeline" and not isinstance(kind, list):
-        other = "names no class" if kind is None else f"is of a {_short(kind)}"
-        raise BadFolder(f"model_index.json {other}; it must be a WanPipeline, text to video")
-    second = index.get("transformer_2")
-    if index.get("expand_timesteps") or (isinstance(second, list) and any(second)):
-        raise BadFolder("model_index.json is of a Wan 2.2; it must be a Wan 2.1")
+        other = "names no class; it must be a WanPipeline" if kind is None else f"is of a {_short(kind)}"
+        raise _not_text_to_video(f"model_index.json {other}")
+    two = "of two transformers that take turns, as in Wan 2.2 A14B"
+    others = {"image_encoder": "of a model that takes an image", "transformer_2": two, "boundary_ratio": two}
+    for key, what in others.items():
+        value = index.get(key)
+        if any(value) if isinstance(value, list) else value is not None:
+            raise _not_text_to_video(f"model_index.json is {what} ({key})")
+
+
+def _not_text_to_video(what: str) -> BadFolder:
+    return BadFolder(f"text to video only: {what}; {VALID}")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if not file.is_file():
-        raise BadFolder(f"{name} is missing; is it a Diffusers folder of Wan 2.1?")
+        raise BadFolder(f"{name} is missing; is it a Diffusers folder of Wan?")
     try:
         values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (OSError, ValueError) as error:
@@ -153,12 +162,14 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
 
 
 def _check_sizes(models: dict[str, nn.Module]) -> None:
-    """What the parts have to agree on, and what the code takes a Wan 2.1 to be."""
+    """What the parts have to agree on, and what the code takes a Wan to be."""
     transformer, vae, text_encoder = (models[part].config for part in CLASSES)
-    if transformer.image_dim or transformer.in_channels != vae.z_dim:
-        raise BadFolder(
-            f"not a text-to-video model (the transformer takes {transformer.in_channels} channels, "
-            f"the codec makes {vae.z_dim})"
+    for name in ("image_dim", "added_kv_proj_dim"):
+        if transformer[name] is not None:
+            raise _not_text_to_video(f"transformer/config.json: {name}: {transformer[name]}: the model takes an image")
+    if transformer.in_channels != vae.z_dim:
+        raise _not_text_to_video(
+            f"the transformer takes {transformer.in_channels} channels, the codec makes {vae.z_dim}"
         )
     if transformer.out_channels != transformer.in_channels:
         raise BadFolder(
@@ -173,7 +184,7 @@ def _check_sizes(models: dict[str, nn.Module]) -> None:
             f"{text_encoder.d_model}"
         )
     if vae.scale_factor_temporal != VAE_TEMPORAL_FACTOR:
-        raise BadFolder(f"the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan 2.1")
+        raise BadFolder(f"the codec does not compress time by {VAE_TEMPORAL_FACTOR}; not a Wan")
     patch = vae.patch_size or 1
     wanted = {
         "latents_mean": (len(vae.latents_mean), vae.z_dim, "entries"),

@@ -1,9 +1,10 @@
-"""Wan 2.1 model folders in Diffusers format: finding, checking and loading their parts."""
+"""Wan model folders in Diffusers format: finding, checking and loading their parts."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,8 +67,12 @@ class WanFolder:
     @property
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this: codec times patch, and what `WanPipeline` asks for."""
-        step = self.spatial_factor * max(self.patch_size[1:])
-        return step if step % 16 == 0 else 16
+        return math.lcm(16, *(self.spatial_factor * edge for edge in self.patch_size[1:]))
+
+    @property
+    def fps(self) -> int:
+        """Frames a second that the model makes; its folder does not say. Wan 2.2 5B, known by its codec, was trained at 24."""
+        return 24 if self.spatial_factor == 16 else 16
 
     @property
     def flow_shift(self) -> float:
@@ -83,7 +88,7 @@ def find_folder(name: str, key: str) -> WanFolder:
     """The checked folder for a path, a hub id or `wan-tiny`.
 
     Raises:
-        ConfigError: not found, not a Wan 2.1 text-to-video folder, or a part of it is missing or broken.
+        ConfigError: not found, not a Wan text-to-video folder, or a part of it is missing or broken.
     """
     path, hub = locate(name, key)
     try:

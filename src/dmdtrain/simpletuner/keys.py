@@ -71,7 +71,7 @@ def _unknown(key: str) -> str:
 
 def _base(made: Translation, value: Any, source: str) -> None:
     name, comment = str(value), ""
-    if re.fullmatch(r"Wan-AI/Wan2\.1-T2V-(1\.3B|14B)", name):
+    if re.fullmatch(r"Wan-AI/Wan2\.(1-T2V-(1\.3B|14B)|2-TI2V-5B)", name):
         name, comment = f"{name}-Diffusers", f"{name} is not in Diffusers' format"
     elif (found := made.find(name)) is not None and found != Path(name):
         name, comment = str(found.resolve()), f"was {name}"
@@ -86,7 +86,7 @@ def _flavour(made: Translation, value: Any, source: str) -> None:
 
 
 def _text_encoder(made: Translation, value: Any, source: str) -> None:
-    same = value == made.given.get("pretrained_model_name_or_path") or str(value).startswith("Wan-AI/Wan2.1-")
+    same = value == made.given.get("pretrained_model_name_or_path") or str(value).startswith("Wan-AI/Wan2.")
     what = "the text encoder is the base folder's" + ("" if same else ": put this one into that folder")
     made.say(SAME if same else REFUSED, source, what)
 

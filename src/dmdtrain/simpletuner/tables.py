@@ -198,10 +198,11 @@ THEIR_DEFAULTS: dict[str, Any] = {
     "quantize_via": "accelerator",
 }
 
-# Published text-to-video weights of Wan 2.1, by their name for them.
+# Published weights that make video from text, by their name for them.
 FLAVOURS = {
     "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
 
 # Values that are no choice here: the key, the values that agree with what is done anyway, and what to do about others.
@@ -219,7 +220,7 @@ AGREE: dict[str, tuple[tuple[Any, ...], str]] = {
     "controlnet": ((False,), "not for a few-step student"),
     "control": ((False,), "not for a few-step student"),
     "resolution_type": (("pixel_area", "pixel", "area"), "valid are pixel_area, pixel, area"),
-    "model_flavour": (tuple(FLAVOURS), "only text-to-video of Wan 2.1 can be distilled"),
+    "model_flavour": (tuple(FLAVOURS), "only text-to-video of Wan 2.1 and of Wan 2.2 5B can be distilled"),
     "prepend_instance_prompt": ((False,), "write the words into the captions"),
     "only_instance_prompt": ((False,), "set caption_strategy: instanceprompt"),
     "distillation_config.simulate_generator_forward": ((True,), "the rollout is always simulated, as the student runs"),

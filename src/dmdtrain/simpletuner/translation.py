@@ -167,7 +167,7 @@ def shown(value: Any) -> str:
 
 
 def check_run(file: Path, given: dict[str, Any]) -> None:
-    """Refuses what is no DMD run of Wan 2.1 text-to-video."""
+    """Refuses what is no DMD run of Wan text-to-video."""
     for key, wanted in (("model_family", "wan"), ("distillation_method", "dmd")):
         found = given.get(key)
         if found != wanted:

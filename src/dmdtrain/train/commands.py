@@ -146,7 +146,7 @@ def validate(
             texts, seed, shape, timesteps, settings.guidance_scale, settings.negative_prompt, on_step
         )
     facts["seconds"]["student"] = round(time.monotonic() - started, 2)
-    results = write_samples(folder, columns, texts, facts, settings.fps)
+    results = write_samples(folder, columns, texts, facts, run.fps)
     for name, scores in results["scores"].items():
         console.print(f"{name}: right: " + ", ".join(f"{k} {v:.0%}" for k, v in scores.items()), soft_wrap=True)
     console.print(f"videos and numbers: {folder}\ncontact sheet:      {folder / 'contact_sheet.png'}", soft_wrap=True)
@@ -171,7 +171,7 @@ def generate(
     with (
         _steps_live(renderer.student_steps(1, shape, timesteps), console) as on_step,
         renderer.codec() as vae,
-        Mp4Writer(out, settings.fps) as writer,
+        Mp4Writer(out, run.fps) as writer,
     ):
         decoder, latents = StreamDecoder(vae), []
         options = (settings.guidance_scale, settings.negative_prompt, on_step)
@@ -271,7 +271,7 @@ def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | Non
     facts = run.sampling()
     _, _, height, width = run.validation_latent_shape
     factor = run.base.spatial_factor
-    facts |= {"height": height * factor, "width": width * factor, "num_frames": settings.num_frames}
+    facts |= {"height": height * factor, "width": width * factor, "num_frames": settings.num_frames, "fps": run.fps}
     scale = student.alpha / student.rank if student.kind == "lora" else None
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
     if student.kind == "lora":

@@ -111,22 +111,35 @@ _WAN_1_3B = {
     "rope_max_seq_len": 1024,
 }
 _WAN_14B = _WAN_1_3B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+_WAN_5B = _WAN_1_3B | {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+_CODEC = {"z_dim": 16, "scale_factor_spatial": 8}
+_CODEC_5B = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,  # of this and the next, a plan needs the length alone
+    "latents_std": [1.0] * 48,
+}
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-PUBLISHED = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _WAN_1_3B, "Wan-AI/Wan2.1-T2V-14B-Diffusers": _WAN_14B}
+PUBLISHED = {
+    name: WanFolder(Path(name), name, True, transformer, vae, UMT5_XXL, {"flow_shift": shift})
+    for name, transformer, vae, shift in (
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _WAN_1_3B, _CODEC, 3.0),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", _WAN_14B, _CODEC, 3.0),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", _WAN_5B, _CODEC_5B, 5.0),
+    )
+}
 
 
 def find_shapes(name: str, key: str) -> WanFolder:
     """As `find_folder`, but published models are known by name."""
     if name in PUBLISHED and not Path(name).is_dir():
-        return WanFolder(
-            Path(name),
-            name,
-            True,
-            PUBLISHED[name],
-            {"z_dim": 16, "scale_factor_spatial": 8},
-            UMT5_XXL,
-            {"flow_shift": 3.0},
-        )
+        return PUBLISHED[name]
     return find_folder(name, key)
 
 

@@ -69,6 +69,11 @@ class Run:
         return self.config.model.flow_shift or self.teacher.flow_shift
 
     @property
+    def fps(self) -> int:
+        """Frames a second of the videos that are written."""
+        return self.config.validation.fps or self.base.fps
+
+    @property
     def frame_tokens(self) -> int:
         """Tokens of a latent frame of a training video."""
         return self.tokens_of(self.latent_shape)

@@ -80,7 +80,7 @@ def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], 
                     folder.write(index, drawn[index], states[-1, column], states[kept, column] if kept else None)
                 else:  # a clip with its caption beside it; the clip last, since it is what says that both are there
                     write_text(folder.file(index).with_suffix(".txt"), drawn[index] + "\n")
-                    write_mp4(folder.file(index), videos[column], renderer.run.config.validation.fps, min_edge=1)
+                    write_mp4(folder.file(index), videos[column], renderer.run.fps, min_edge=1)
             live.step(count - len(missing) + rows.stop, "")
 
 

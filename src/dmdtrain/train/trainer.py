@@ -331,14 +331,14 @@ class Trainer:
                 real = {} if self.held_out is None else {"real_loss": self.held_out.loss(interrupt.check)}
             columns["student" if weights == choice else f"student {weights}"] = videos
             measured[f"validation_{weights}"] = measure(videos) | real
-            gifs = [validation.gif_bytes(video, settings.fps) for video in videos]
+            gifs = [validation.gif_bytes(video, self.run.fps) for video in videos]
             log.videos(self.step, f"validation_{weights}", gifs, tuple(videos.shape[-2:]))  # type: ignore[arg-type]
         interrupt.check()
         for name, found in measured.items():
             self.alarms.validation(self.step, name, found)
         folder = self._samples()
         facts = self.run.sampling() | {"step": self.step, "seed": settings.seed, "measured": measured}
-        results = validation.write_samples(folder, columns, prompts, facts, settings.fps)
+        results = validation.write_samples(folder, columns, prompts, facts, self.run.fps)
         self._log_validation(log, results)
         self.reports.event("validation", f"validated step {self.step}: {folder}", self.step)
         for name, scores in results["scores"].items():
