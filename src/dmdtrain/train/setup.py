@@ -31,6 +31,7 @@ from dmdtrain.train.log import Live
 from dmdtrain.train.optim import trained_dtype
 from dmdtrain.train.step import block_layout
 
+MOST_TOLD = 10  # prompts that are cut, each on a line
 GUIDANCE_CONVENTION = "uncond + w (cond - uncond)"
 
 
@@ -349,13 +350,17 @@ def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> in
     if missing:
         console.print(f"text: {len(missing):,} prompts to encode, to {text.cache}", soft_wrap=True, highlight=False)
         _encode(text, missing, console)
-    if cut := text.cut(text.rows(prompts)):
-        console.print(
-            f"warning: {len(cut):,} prompts are longer than data.max_sequence_length ({text.length} tokens; the longest has "
-            f"{max(cut):,}): the rest of them is cut",
-            soft_wrap=True,
-            highlight=False,
+    if cut := text.newly_cut(prompts):
+        are = "prompts are" if len(cut) > 1 else "prompt is"
+        lines = [f"  {prompt[:60]!r} ...: {n:,} tokens, the first {text.length} are read" for prompt, n in cut.items()]
+        if len(lines) > MOST_TOLD:
+            lines[MOST_TOLD:] = [f"  and {len(lines) - MOST_TOLD:,} more"]
+        lines.insert(
+            0,
+            f"warning: {len(cut):,} {are} longer than data.max_sequence_length ({text.length} tokens; the longest has "
+            f"{max(cut.values()):,}): the rest of them is cut",
         )
+        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     return len(missing)
 
 
