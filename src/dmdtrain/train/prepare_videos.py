@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +183,10 @@ class ClipLoader:
         drawn = self.sampler.draw(n)
         latents = self.cache.read([self.names[sample] for sample in drawn])
         return [sample.caption for sample in drawn], latents, None
+
+    @property
+    def items(self) -> Sequence[Sample]:
+        return self.sampler.items
 
 
 # ---------------------------------------------------------------------------------------------------- care of the cache

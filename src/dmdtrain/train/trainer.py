@@ -19,7 +19,7 @@ from dmdtrain.train import interrupt, validation
 from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms, measure
 from dmdtrain.train.batches import Batch, Batches
 from dmdtrain.train.checkpoint import CHECKPOINTS
-from dmdtrain.train.clips import Clips
+from dmdtrain.train.clips import Clips, held_out
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
@@ -102,7 +102,9 @@ class Trainer:
             clips = ClipLoader(run, self.clips["data.videos"], self.config.train.seed + 3)
             self.real = RealData(run, clips, self.roles, self.text, self.distiller.autocast)
         self.held_out: HeldOut | None = None
-        if self.config.validation.real_clips:
+        if self.config.validation.real_clips and held_out(
+            run, self.clips["data.videos"]
+        ):  # a branch may have none left
             self.held_out = HeldOut(run, self.clips["data.videos"], self.roles, self.text, self.distiller.autocast)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self._flops: dict[str, dict[str, float]] = {}  # of the last update of each role
