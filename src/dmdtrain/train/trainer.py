@@ -102,10 +102,9 @@ class Trainer:
             clips = ClipLoader(run, self.clips["data.videos"], self.config.train.seed + 3)
             self.real = RealData(run, clips, self.roles, self.text, self.distiller.autocast)
         self.held_out: HeldOut | None = None
-        if self.config.validation.real_clips and held_out(
-            run, self.clips["data.videos"]
-        ):  # a branch may have none left
-            self.held_out = HeldOut(run, self.clips["data.videos"], self.roles, self.text, self.distiller.autocast)
+        videos = self.clips.get("data.videos")
+        if videos is not None and held_out(run, videos):  # a branch may have none left of validation.real_clips
+            self.held_out = HeldOut(run, videos, self.roles, self.text, self.distiller.autocast)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self._flops: dict[str, dict[str, float]] = {}  # of the last update of each role
         self.root = run.output_dir / CHECKPOINTS
