@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import av
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import done, run_cli
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,6 +24,7 @@ from dmdtrain.miniature import clips
 from dmdtrain.models.decode import decode_latents
 from dmdtrain.models.encode import TextCache, encoder_digest
 from dmdtrain.models.wan import WanFolder, find_folder, load_scheduler, load_vae
+from dmdtrain.train import setup
 from dmdtrain.train.validation import contact_sheet, gif_bytes, score, to_frames, write_mp4, write_samples
 
 LENGTH = 12
@@ -410,3 +414,66 @@ def test_samples_are_written_with_their_facts(tmp_path):
         assert sheet.width > 2 * 5 * 64
     foreign = write_samples(tmp_path / "other", {"student": videos}, ["a cat", "a dog"], {}, 8)
     assert foreign["scores"] == {}
+
+
+# ---------------------------------------------------------------------------------------------------- what is cut
+
+
+LONG, NEGATIVE = "a red cat runs on grass " * 3, "a blue dog sleeps " * 4  # 19 and 17 tokens with the end token
+CUT = {LONG: 19, NEGATIVE: 17}
+
+
+def told_of_cut(said: str) -> dict[str, int]:
+    """What a command said is cut, once each: the prompt's beginning and its tokens."""
+    found = re.findall(r"  '([^']*)' \.\.\.: (\d+) tokens, the first 8 are read\n", said)
+    assert len(found) == len(dict(found)) and said.count("warning: ") == bool(found)
+    return {beginning: int(tokens) for beginning, tokens in found}
+
+
+@pytest.fixture
+def says_what_is_cut(settings, tmp_path):
+    """Runs a command of a run of two steps whose prompts are given; what it says of what is cut."""
+    settings["train"]["max_steps"] = 2
+    settings["rollout"] |= {"causal": True, "num_frame_per_block": 1}
+    settings["warmup"] = {"kind": "teacher_forcing", "steps": 1, "num_samples": 2, "teacher_steps": 2}
+    settings["validation"] |= {"every": 0}
+    ckpt = tmp_path / "run" / "checkpoints" / "step-000002"
+
+    def run(command: str, prompt: str, negative: str) -> dict[str, int]:
+        file, texts = tmp_path / "run.yaml", tmp_path / "texts.txt"
+        texts.write_text(f"a cat\n{prompt}\n")
+        settings["data"] |= {"prompts": str(texts), "negative_prompt": negative}
+        settings["validation"] |= {"negative_prompt": negative}
+        file.write_text(yaml.safe_dump(settings))
+        if command in ("validate", "generate") and not ckpt.exists():
+            done("fit", file)
+        one = {
+            "validate": ["--ckpt", ckpt, "--prompts", texts, "--out", tmp_path / f"videos {len(prompt)}"],
+            "generate": ["--ckpt", ckpt, prompt, "--out", tmp_path / f"{len(prompt)}.mp4"],
+            "synthesize": [file, "--out", tmp_path / f"made {len(prompt)}", "--steps", 2, "--what", "latents"],
+        }
+        result = run_cli(command, *one.get(command, [file]))
+        assert result.exit_code == 0, result.output
+        return told_of_cut(result.output)
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["fit", "prepare", "synthesize", "validate", "generate"])
+def test_every_command_names_the_prompts_that_it_cuts(command, says_what_is_cut):
+    """Also where they are in the cache already, and once where a warm-up's videos are of them too."""
+    wanted = {prompt[:60]: tokens for prompt, tokens in CUT.items()}
+    assert says_what_is_cut(command, LONG, NEGATIVE) == wanted
+    if command == "prepare":
+        assert says_what_is_cut("prepare", LONG, NEGATIVE) == wanted
+        assert says_what_is_cut("fit", LONG, NEGATIVE) == wanted
+
+
+@pytest.mark.parametrize("command", ["prepare", "validate", "generate"])
+def test_prompts_of_the_whole_length_are_not_cut(command, says_what_is_cut):
+    assert says_what_is_cut(command, "a red cat runs on grass a", "a " * 7) == {}
+
+
+def test_of_many_prompts_that_are_cut_some_are_named(says_what_is_cut, monkeypatch):
+    monkeypatch.setattr(setup, "MOST_TOLD", 1)
+    assert says_what_is_cut("prepare", LONG, NEGATIVE) == {LONG[:60]: 19}

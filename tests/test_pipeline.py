@@ -173,6 +173,11 @@ for name, case in cases.items():
     assert pipe(prompts[0], output_type="pil", num_frames=5).frames[0][0].size == (48, 32)
     found["free"] = [pipe(prompts[0], output_type="latent", num_frames=5).frames for _ in range(2)]
     found["config"] = {key: pipe.config[key] for key in ("timesteps", "num_frame_per_block", "height", "width", "num_frames")}
+    logger = diffusers.utils.logging.get_logger(type(pipe).__module__)
+    logger.addFilter(told := found.setdefault("told", []).append)
+    pipe([prompts[0], "a cat " * 20], generator=generators(seed, 2), output_type="latent", num_frames=5)
+    logger.removeFilter(told)
+    found["told"] = [record.getMessage() for record in found["told"]]
     found["errors"] = {
         "steps": error_of(lambda: pipe(prompts[0], num_inference_steps=4), ValueError),
         "guidance": error_of(lambda: pipe(prompts[0], guidance_scale=3.0), ValueError),
@@ -285,6 +290,10 @@ def test_without_generators_every_call_is_another(sampled):
 def test_a_finished_call_holds_no_cache(sampled):
     """Gigabytes of keys and values, in a large model."""
     assert sampled["blocks"]["caches"] == 0
+
+
+def test_a_call_says_which_prompt_it_cuts(sampled):
+    assert sampled["blocks"]["told"] == [f"{'a cat ' * 10!r} ...: 41 tokens, the first 8 are read"]
 
 
 def test_calls_that_the_student_can_not_answer(sampled):

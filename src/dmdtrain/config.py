@@ -936,13 +936,15 @@ RESUMABLE = (
 # tensors of the checkpoint mean stays.
 BRANCHABLE = (
     *("optimizer.lr", "optimizer.grad_clip", "optimizer.grad_clip_method", "fake_score.lr", "fake_score.grad_clip"),
-    *("schedule", "warmup.lr", "warmup.lr_warmup_steps", "warmup.steps", "ema.decay", "ema.warmup", "ema.every"),
+    *("schedule", "warmup.lr", "warmup.lr_warmup_steps", "warmup.steps", "warmup.data", "warmup.num_samples"),
+    *("ema.decay", "ema.warmup", "ema.every"),
     *("dmd.generator_update_interval", "dmd.real_score_guidance_scale", "dmd.fake_score_guidance_scale"),
     *("dmd.min_timestep_ratio", "dmd.max_timestep_ratio", "dmd.timestep_shift", "dmd.min_score_timestep"),
     *("dmd.ts_schedule", "dmd.ts_schedule_max", "data.caption_dropout"),
     *("train.batch_size", "train.gradient_accumulation"),
 )
-BRANCH_OFF = "dmdtrain fit CONFIG --resume CHECKPOINT --output-dir NEW_FOLDER --set KEY=VALUE"
+BRANCH = "dmdtrain fit CONFIG --resume CHECKPOINT --output-dir NEW_FOLDER"
+BRANCH_OFF = f"{BRANCH} --set KEY=VALUE"
 TRAINS = ("validation.real_clips", "validation.held_out_prompts")  # are kept from training
 SPLIT = ("train.batch_size", "train.gradient_accumulation")  # may change where their product does not
 

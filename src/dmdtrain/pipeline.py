@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils import logging
 
 from dmdtrain.models.causal import CausalView, KVCache, install, sampling_window
 from dmdtrain.models.decode import StreamDecoder
@@ -105,6 +107,12 @@ class FewStepWanPipeline(WanPipeline):
         if len(generators) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many generators, not {len(generators)}")
         device, dtype = self._execution_device, self.transformer.dtype
+        for text in prompts:
+            tokens = len(self.tokenizer(prompt_clean(text), verbose=False).input_ids)
+            if tokens > config.max_sequence_length:
+                logging.get_logger(__name__).warning(
+                    f"{text[:60]!r} ...: {tokens} tokens, the first {config.max_sequence_length} are read"
+                )
         context, _ = self.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length, device=device
         )

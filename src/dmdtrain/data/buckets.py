@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -27,6 +27,31 @@ def bucket_size(width: int, height: int, area: int, multiple: int, rounding: int
 
 class OtherItems(ValueError):
     """A sampler has other items than when its state was saved."""
+
+
+def hashes(texts: Iterable[str]) -> torch.Tensor:
+    """[n] int64: the first 8 bytes of each text's SHA-256, by which data are known again."""
+    digests = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in texts)
+    return torch.frombuffer(bytearray(digests), dtype=torch.int64) if digests else torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the run that is gone on from kept from training and what it trained on, by their `hashes`."""
+
+    kept: frozenset[int] = frozenset()
+    trained: frozenset[int] = frozenset()
+
+    def keep(self, texts: list[str], wanted: int) -> list[str]:
+        """The first `wanted` of different texts for validation: those that were kept before, and otherwise none that was
+        trained on."""
+        known = dict(zip(texts, hashes(texts).tolist(), strict=True))
+        before = [text for text in texts if known[text] in self.kept]
+        new = [text for text in texts if known[text] not in self.kept | self.trained]
+        return before + new[: max(0, wanted - len(before))] if wanted else []
+
+
+NOTHING = Seen()
 
 
 T = TypeVar("T")
@@ -127,10 +152,20 @@ class BucketSampler(Generic[T]):
         state |= {"behind": self._behind.clone(), "owed": self._owed.clone()}
         return state | {"items": self._fingerprint.clone(), "count": torch.tensor(len(self.items))}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises OtherItems where they are not those of when the state was saved."""
-        if int(state["count"]) != len(self.items) or not torch.equal(state["items"], self._fingerprint):
+    @property
+    def identities(self) -> list[str]:
+        """What each item is, whatever its file is called."""
+        return [repr(item) for item in self.items]
+
+    def check(self, state: dict[str, torch.Tensor]) -> None:
+        """OtherItems unless they are those of when the state was saved, in the same buckets and shares."""
+        saved = state.get("items")  # a sampler of other kind has none
+        if saved is None or int(state["count"]) != len(self.items) or not torch.equal(saved, self._fingerprint):
             raise OtherItems(f"{len(self.items)} items now, which are not those of when the checkpoint was saved")
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises OtherItems as `check`, ValueError where it is no state."""
+        self.check(state)
         orders = [order.tolist() for order in state["orders"].split(state["lengths"].tolist())]
         for order, stream in zip(orders, self.streams, strict=True):
             if any(not 0 <= i < len(stream.items) for i in order):

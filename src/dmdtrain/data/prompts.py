@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from dmdtrain.config import ConfigError
-from dmdtrain.data.buckets import OtherItems
+from dmdtrain.data.buckets import NOTHING, OtherItems, Seen
 from dmdtrain.data.prompt_files import clean, read_file
 from dmdtrain.miniature.clips import split_captions
 from dmdtrain.prompt_library import LIBRARY
@@ -66,9 +66,9 @@ def load_prompts(source: str | list[str], key: str, *, held_out: bool, column: s
     return read_prompts(source, key, held_out=held_out, column=column).texts
 
 
-def split(prompts: list[str], held_out: int) -> tuple[list[str], list[str]]:
-    """Prompts without so many that their content chooses, whatever their order, and those."""
-    kept = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:held_out]
+def split(prompts: list[str], held_out: int, seen: Seen = NOTHING) -> tuple[list[str], list[str]]:
+    """Prompts without so many that their content chooses, whatever their order, and those. seen: by the run before."""
+    kept = seen.keep(sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest()), held_out)
     without = set(kept)
     return [prompt for prompt in prompts if prompt not in without], kept
 
@@ -81,10 +81,13 @@ class EpochSampler(Generic[T]):
 
     Args:
         rank, world: this process, of so many that draw together: all take parts of the same draw.
+        identities: what items that are not texts are, whatever their files are called; None: that is not known.
     """
 
-    def __init__(self, items: Sequence[T], seed: int, rank: int = 0, world: int = 1):
-        self.items, self.rank, self.world = items, rank, world
+    def __init__(
+        self, items: Sequence[T], seed: int, rank: int = 0, world: int = 1, identities: list[str] | None = None
+    ):
+        self.items, self.rank, self.world, self._identities = items, rank, world, identities
         self.generator = torch.Generator().manual_seed(seed)
         self._order, self._position = torch.empty(0, dtype=torch.int64), 0
 
@@ -102,12 +105,17 @@ class EpochSampler(Generic[T]):
         state["order"] = self._order[self._position :].to(torch.int32)
         return state if self._digest is None else state | {"digest": self._digest}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises OtherItems where the items are others than when the state was saved, ValueError where it is no state."""
+    def check(self, state: dict[str, torch.Tensor]) -> None:
+        """OtherItems where the items are others than when the state was saved."""
         if int(state["count"]) != len(self.items):
             raise OtherItems(f"{len(self.items)} items now, {int(state['count'])} when the checkpoint was saved")
-        if self._digest is not None and "digest" in state and not torch.equal(self._digest, state["digest"]):
+        saved = state.get("digest", state.get("items"))  # the latter of a sampler of clips
+        if self._digest is not None and saved is not None and not torch.equal(self._digest, saved):
             raise OtherItems("they are not the same, or not in the same order, as when the checkpoint was saved")
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises OtherItems as `check`, ValueError where it is no state."""
+        self.check(state)
         order = state["order"]
         wrong = order.dtype not in (torch.int32, torch.int64) or order.ndim != 1
         if wrong or any(not 0 <= i < len(self.items) for i in order.tolist()):
@@ -116,11 +124,16 @@ class EpochSampler(Generic[T]):
         self._order, self._position = order.to(torch.int64), 0
 
     @cached_property
+    def identities(self) -> list[str] | None:
+        """What each item is; None: not known, as files may have moved."""
+        if not all(isinstance(item, str) for item in self.items):
+            return self._identities
+        return [str(item) for item in self.items]
+
+    @cached_property
     def _digest(self) -> torch.Tensor | None:
-        """SHA-256 of items that are texts, as 32 bytes; files may have moved."""
-        hashed = hashlib.sha256()
-        for item in self.items:
-            if not isinstance(item, str):
-                return None
-            hashed.update(item.encode() + b"\n")
+        """SHA-256 of what the items are, as 32 bytes."""
+        if self.identities is None:
+            return None
+        hashed = hashlib.sha256("".join(f"{text}\n" for text in self.identities).encode())
         return torch.tensor(list(hashed.digest()), dtype=torch.uint8)

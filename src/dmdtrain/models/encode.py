@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class TextCache:
         self.quantize_on = quantize_on
         self.shards = Shards(cache, "data.cache_dir", compress)
         self._names: dict[str, str] = {}
+        self._returned: set[str] = set()  # by `newly_cut`
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._recent_bytes = 0
 
@@ -86,10 +87,15 @@ class TextCache:
         """The prompts that would have to be encoded."""
         return [prompt for name, prompt in self.rows(prompts).items() if name not in self.shards.rows]
 
-    def cut(self, rows: Collection[str]) -> list[int]:
-        """Tokens of each embedded prompt that is longer than `length`, of which the rest was cut."""
-        there = (self.shards.rows.get(name) for name in rows)
-        return [row.note for row in there if row is not None and row.note is not None]
+    def newly_cut(self, prompts: Iterable[str]) -> dict[str, int]:
+        """Embedded prompts that are longer than `length`, of which the rest was cut, with their tokens; each is returned once."""
+        found = {}
+        for name, prompt in self.rows(prompts).items():
+            row = self.shards.rows.get(name)
+            if row is not None and row.note is not None and name not in self._returned:
+                self._returned.add(name)
+                found[prompt] = row.note
+        return found
 
     def prepare(
         self, prompts: Iterable[str], batch_size: int = 16, progress: Callable[[int, int], None] | None = None

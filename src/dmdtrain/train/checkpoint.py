@@ -21,17 +21,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmdtrain.config import Config, ConfigError, load_own
-from dmdtrain.data.buckets import OtherItems
 from dmdtrain.files import check_room, make_folder, naming, sha256
 from dmdtrain.files import sync as _sync
 from dmdtrain.models.roles import load_parameters
@@ -387,38 +386,6 @@ def check_like(
             raise ConfigError(f"{what}: {name} is {list(value.shape)}, this run's is {list(tensor.shape)}")
         if value.dtype != tensor.dtype if exact else not value.is_floating_point():
             raise ConfigError(f"{what}: {name} is {value.dtype}, this run's is {tensor.dtype}")
-
-
-class Sampler(Protocol):
-    @property
-    def items(self) -> Sequence[Any]: ...
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
-
-
-def load_random(
-    folder: Path,
-    generator: torch.Generator,
-    prefix: str,
-    sampler: Sampler,
-    key: str,
-    items: str,
-    draws: str = "draws",
-) -> None:
-    """A generator's state and a sampler's position; ConfigError naming `key` where the sampler has other `items` now."""
-    random = read_tensors(folder, "random")
-    with understood(folder, "random.safetensors"):
-        generator.set_state(random.pop(draws))
-        state = {k.removeprefix(f"{prefix}."): value for k, value in random.items() if k.startswith(f"{prefix}.")}
-        if (count := int(state["count"])) != len(sampler.items):
-            raise ConfigError(
-                f"{key}: {len(sampler.items)} items now, {count} when the checkpoint was saved; an exact resume needs the "
-                f"same {items}"
-            )
-        try:
-            sampler.load_state_dict(state)
-        except OtherItems as error:
-            raise ConfigError(f"{key}: {error}; an exact resume needs the same {items}") from None
 
 
 def load_weights(folder: Path, stem: str, parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -234,7 +234,7 @@ def how_read(run: Run) -> str:
 def held_out(run: Run, clips: Clips) -> list[Sample]:
     """The samples that validation keeps from training: those of validation.real_clips files, whose content chooses them."""
     wanted = run.config.validation.real_clips if clips.key == "data.videos" else 0
-    files = set(sorted({sample.sha256 for sample in clips.samples})[:wanted])
+    files = set(run.seen_clips.keep(sorted({sample.sha256 for sample in clips.samples}), wanted))
     return sorted((s for s in clips.samples if s.sha256 in files), key=lambda s: (s.sha256, s.data_set, s.caption))
 
 

@@ -43,10 +43,13 @@ def _pick_weights(ckpt: Path, weights: str) -> str:
     return weights or ("ema" if has_file(ckpt, "ema.safetensors") else "raw")
 
 
-def _renderer(run: setup.Run, ckpt: Path, weights: str, console: Console) -> Renderer:
+def _renderer(run: setup.Run, ckpt: Path, weights: str, prompts: list[str], console: Console) -> Renderer:
+    """A renderer of the checkpoint's student, with the prompts encoded."""
     device = setup.device_of_this_machine()
     roles = setup.load_student(run, ckpt, weights, device, setup.teller(console))
-    return Renderer(run, roles, setup.text_cache(run, device), setup.autocast(run.config, device))
+    text = setup.text_cache(run, device)
+    setup.encode_text(text, [*prompts, run.config.validation.negative_prompt], console)
+    return Renderer(run, roles, text, setup.autocast(run.config, device))
 
 
 def _timesteps(text: str | None, run: setup.Run) -> list[float]:
@@ -127,7 +130,7 @@ def validate(
     check_writable(folder, "--out")
 
     shape = _shape(run, frames)
-    renderer = _renderer(run, ckpt, weights, console)
+    renderer = _renderer(run, ckpt, weights, texts, console)
     columns, facts = {}, run.sampling() | {"checkpoint": str(ckpt), "weights": weights, "seed": seed}
     facts |= {"timesteps": timesteps, "sigmas": [t / 1000 for t in timesteps], "seconds": {}}
     if compare_teacher:
@@ -164,7 +167,7 @@ def generate(
         raise ConfigError("the prompt is empty")
     run = setup.load_run(ckpt)
     shape = _shape(run, frames)
-    renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights), console)
+    renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights), [prompt], console)
     _make_folder(out.parent, "--out")
     settings, timesteps = run.config.validation, run.validation_timesteps
     tiled = decode_tiled(run, shape)

@@ -21,7 +21,8 @@ from dmdtrain.train.log import METRICS
 from dmdtrain.train.memory import out_of_memory, ran_out
 from dmdtrain.train.plan import changes, memory_lines
 from dmdtrain.train.reports import Reports, check_reports, reporting
-from dmdtrain.train.resume import BRANCH, check_output, describe_branch, locked, pick_checkpoint, resume_from
+from dmdtrain.train.resume import BRANCH, changes_of, check_output, is_branch, locked, pick_checkpoint, resume_from
+from dmdtrain.train.same_data import going_on
 from dmdtrain.train.saver import SavesFailed, TrainingStopped
 from dmdtrain.train.setup import Run, attention_of, check_adapters, describe, device_of_this_machine, resolve
 from dmdtrain.train.step import check_score_ranges
@@ -67,12 +68,15 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
     with (
         locked(run.output_dir, console) if clip_sets(run) or not dry_run else nullcontext()
     ):  # a scan writes its report
+        checkpoint, damaged = pick_checkpoint(config, resume)
+        run = going_on(run, checkpoint)
         with reading("data.videos" if run.config.data.videos is not None else "warmup.data"):
             scanned = scan(run, console)
         run = with_captions(run, scanned)
+        branched = changes_of(run, scanned, checkpoint)
         for line in describe(run) + describe_clips(run, scanned):
             console.print(line, soft_wrap=True, highlight=False)
-        for line in describe_branch(config, resume):
+        for line in [f"branch          of {checkpoint}"] * bool(branched) + [f"changed         {c}" for c in branched]:
             console.print(line, soft_wrap=True, highlight=False)
         if torch.cuda.is_available():
             free, _ = torch.cuda.mem_get_info()
@@ -82,12 +86,20 @@ def _check_and_fit(config: Config, resume: str, console: Console, dry_run: bool)
             console.print("dry run: everything that can be checked without loading a model is in order", soft_wrap=True)
             return
         with reporting(run, console) as reports:
-            _fit(run, resume, console, scanned, reports)
+            _fit(run, checkpoint, damaged, console, scanned, reports, anew=bool(branched))
 
 
-def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], reports: Reports) -> None:
+def _fit(
+    run: Run,
+    checkpoint: Path | None,
+    damaged: dict[Path, str],
+    console: Console,
+    scanned: dict[str, Clips],
+    reports: Reports,
+    *,
+    anew: bool,
+) -> None:
     config, output = run.config, run.output_dir
-    checkpoint, damaged = pick_checkpoint(config, resume)
     trainer = Trainer(run, console, scanned, reports)
     for line in describe(run, trainer.roles)[-2:]:
         console.print(line, soft_wrap=True, highlight=False)
@@ -97,15 +109,15 @@ def _fit(run: Run, resume: str, console: Console, scanned: dict[str, Clips], rep
         warmup = Warmup(run, trainer.renderer, console, trainer.clips, reports)
     if checkpoint is not None:  # before anything is written: what can not be loaded leaves all as it was
         check_models(run, checkpoint)
-        anew = bool(describe_branch(config, resume))
+        branch = is_branch(output, checkpoint)
         stage = "warm-up step" if warmup else "step"
         if warmup is not None:
             warmup.prepare()
-            warmup.load(checkpoint, anew=anew)
+            warmup.load(checkpoint, anew=anew, branch=branch)
         elif warming:
             raise ConfigError(f"--resume: {checkpoint} is of a warm-up, and warmup.kind is none")
         else:
-            trainer.load(checkpoint, anew=anew)
+            trainer.load(checkpoint, anew=anew, branch=branch)
         console.print(f"resumed from {checkpoint}, {stage} {(warmup or trainer).step}", soft_wrap=True)
     _claim(run, checkpoint, damaged, console)
     if checkpoint is not None:
@@ -135,7 +147,7 @@ def _claim(run: Run, checkpoint: Path | None, damaged: dict[Path, str], console:
             checkpoints.remove_leftovers(root)
         for folder in (output, output / WARMUP, output / BAD_STEPS, *(output / "samples").glob("*")):
             remove_partial(folder)
-        if checkpoint is not None and output.resolve() not in checkpoint.resolve().parents:
+        if checkpoint is not None and is_branch(output, checkpoint):
             write_text(output / BRANCH, f"{checkpoint.resolve()}\n")
         write_text(output / "config.yaml", configuration.dump(run.config))
         for folder, what in damaged.items():

@@ -135,8 +135,7 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
         name, sample = item
         if cache.file(name).exists():  # another process was faster
             return None
-        place = int(sample.sha256[:13], 16) / 16**13
-        return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place, data.frame_interval)
+        return read_sample(run, sample)
 
     failed: dict[str, ValueError] = {}
     with (
@@ -162,15 +161,26 @@ def _encode(run: Run, missing: dict[str, Sample], cache: LatentCache, console: C
     return failed
 
 
+def read_sample(run: Run, sample: Sample) -> torch.Tensor:
+    """The frames of a clip, as `read_clip`."""
+    data, place = run.config.data, int(sample.sha256[:13], 16) / 16**13
+    return read_clip(sample.file, num_frames(run), *sample.size, data.fps, data.crop, place, data.frame_interval)
+
+
+def clip_sampler(run: Run, clips: Clips, seed: int) -> BucketSampler[Sample]:
+    """Draws of the clips that are trained on."""
+    samples = for_training(run, clips)
+    weights, repeats = [s.weight for s in clips.sets], [s.repeats for s in clips.sets]
+    streams = streams_of(samples, [s.size for s in samples], [s.data_set for s in samples], weights, repeats)
+    return BucketSampler(streams, seed)
+
+
 class ClipLoader:
     """Encoded clips, a bucket at a time."""
 
     def __init__(self, run: Run, clips: Clips, seed: int):
         self.cache, self.names = latent_cache(run), latent_names(run, [clips])
-        samples = for_training(run, clips)
-        weights, repeats = [s.weight for s in clips.sets], [s.repeats for s in clips.sets]
-        streams = streams_of(samples, [s.size for s in samples], [s.data_set for s in samples], weights, repeats)
-        self.sampler = BucketSampler(streams, seed)
+        self.sampler = clip_sampler(run, clips, seed)
 
     def draw(self, n: int) -> tuple[list[str], torch.Tensor, None]:
         """Captions and latents [n, C, T, H, W], all of one size; clips have no states."""
@@ -181,13 +191,6 @@ class ClipLoader:
     @property
     def items(self) -> Sequence[Sample]:
         return self.sampler.items
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises OtherItems where the clips are others."""
-        self.sampler.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------- care of the cache

@@ -46,7 +46,7 @@ class RealData:
         return {"real_data_loss": warmup_backward(self.roles, config, batch, weight, self.autocast)["warmup_loss"]}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        position = {f"clips.{key}": value for key, value in self.clips.state_dict().items()}
+        position = {f"clips.{key}": value for key, value in self.clips.sampler.state_dict().items()}
         return {"draws": self.generator.get_state()} | position
 
 

@@ -16,8 +16,10 @@ from dmdtrain.config import BRANCH_OFF, Config, ConfigError, check_writable, unw
 from dmdtrain.files import is_partial, make_folder
 from dmdtrain.train import checkpoint as checkpoints
 from dmdtrain.train.checkpoint import CHECKPOINTS, WARMUP, step_folder
-from dmdtrain.train.clips import REPORT
+from dmdtrain.train.clips import REPORT, Clips
 from dmdtrain.train.log import METRICS
+from dmdtrain.train.same_data import other_data
+from dmdtrain.train.setup import Run
 
 LOCK = ".lock"
 BRANCH = "branch.txt"  # of a run that began as a branch: the checkpoint that it went on from
@@ -130,12 +132,20 @@ def check_output(config: Config, resume: str) -> None:
         _refuse_other(owned, config, f"output_dir: {output} belongs to another run")
 
 
-def describe_branch(config: Config, resume: str) -> list[str]:
-    """What a checkpoint's run could not change and this one does."""
-    if resume in ("auto", "never"):
-        return []
-    changes = configuration.branch_changes(checkpoints.config_of(Path(resume)), config)
-    return [f"branch          of {resume}", *(f"changed         {change}" for change in changes)] if changes else []
+def is_branch(output: Path, checkpoint: Path | None) -> bool:
+    """Whether the checkpoint is another run's."""
+    return checkpoint is not None and output.resolve() not in checkpoint.resolve().parents
+
+
+def changes_of(run: Run, clips: dict[str, Clips], checkpoint: Path | None) -> list[str]:
+    """What a branch changes that the checkpoint's run itself could not: of its configuration and its data.
+
+    Raises:
+        ConfigError: the data are others, and it is no branch.
+    """
+    branch = is_branch(run.output_dir, checkpoint)
+    found = configuration.branch_changes(checkpoints.config_of(checkpoint), run.config) if branch and checkpoint else []
+    return found + other_data(run, clips, checkpoint, branch=branch)
 
 
 def pick_checkpoint(config: Config, resume: str) -> tuple[Path | None, dict[Path, str]]:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dmdtrain.config import (
     parse_resolution,
     reading,
 )
+from dmdtrain.data.buckets import NOTHING, Seen
 from dmdtrain.data.prompts import Prompts, load_prompts, read_prompts, split
 from dmdtrain.flow import shift_timestep, sigma_from_timestep
 from dmdtrain.models.attention import AUTO, BACKENDS, pick_attention
@@ -39,6 +40,7 @@ from dmdtrain.train.log import Live
 from dmdtrain.train.optim import trained_dtype
 from dmdtrain.train.step import block_layout
 
+MOST_TOLD = 10  # prompts that are cut, each on a line
 GUIDANCE_CONVENTION = "uncond + w (cond - uncond)"
 
 
@@ -56,6 +58,10 @@ class Run:
     latent_shape: tuple[int, int, int, int]  # [C, T, H, W] of a training video
     validation_latent_shape: tuple[int, int, int, int]
     left_out: str = ""  # of the prompts' file
+    texts: list[str] = field(default_factory=list)  # the prompts with those that validation keeps
+    given_prompts: list[str] = field(default_factory=list)  # of validation, without those
+    seen_prompts: Seen = NOTHING  # by the run that this one goes on from
+    seen_clips: Seen = NOTHING  # as above, by their files' SHA-256
 
     @property
     def own_teacher(self) -> bool:
@@ -163,7 +169,7 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
                 )
     shift = config.model.flow_shift or teacher.flow_shift
     timesteps = resolve_timesteps(config.dmd.denoising_steps, shift if config.dmd.warp_denoising_steps else 1.0)
-    validation_prompts = all_validation_prompts(config)
+    given = all_validation_prompts(config)[: config.validation.count]
     prompts, source = Prompts([]), config.data.prompts
     if source is None and config.data.videos is None:
         source = WAN_TINY if config.model.base == WAN_TINY else None
@@ -179,7 +185,8 @@ def resolve(config: Config, *, for_training: bool = True, find: Callable[[str, s
         base=base,
         teacher=teacher,
         prompts=[],
-        validation_prompts=validation_prompts[: config.validation.count],
+        validation_prompts=given,
+        given_prompts=given,
         timesteps=timesteps,
         validation_timesteps=timesteps if config.validation.steps is None else list(config.validation.steps),
         latent_shape=latent_shape,
@@ -197,8 +204,9 @@ def with_prompts(run: Run, prompts: list[str]) -> Run:
             f"validation.held_out_prompts: {wanted}: none of {len(prompts)} prompts would be left to train on; valid are 0 to "
             f"{len(prompts) - 1}"
         )
-    trained, kept = split(prompts, wanted)
-    return replace(run, prompts=trained, validation_prompts=list(dict.fromkeys(run.validation_prompts + kept)))
+    trained, kept = split(prompts, wanted, run.seen_prompts)
+    shown = list(dict.fromkeys(run.given_prompts + kept))
+    return replace(run, texts=prompts, prompts=trained, validation_prompts=shown)
 
 
 def all_validation_prompts(config: Config) -> list[str]:
@@ -352,13 +360,17 @@ def encode_text(text: TextCache, prompts: Iterable[str], console: Console) -> in
     if missing:
         console.print(f"text: {len(missing):,} prompts to encode, to {text.cache}", soft_wrap=True, highlight=False)
         _encode(text, missing, console)
-    if cut := text.cut(text.rows(prompts)):
-        console.print(
-            f"warning: {len(cut):,} prompts are longer than data.max_sequence_length ({text.length} tokens; the longest has "
-            f"{max(cut):,}): the rest of them is cut",
-            soft_wrap=True,
-            highlight=False,
+    if cut := text.newly_cut(prompts):
+        are = "prompts are" if len(cut) > 1 else "prompt is"
+        lines = [f"  {prompt[:60]!r} ...: {n:,} tokens, the first {text.length} are read" for prompt, n in cut.items()]
+        if len(lines) > MOST_TOLD:
+            lines[MOST_TOLD:] = [f"  and {len(lines) - MOST_TOLD:,} more"]
+        lines.insert(
+            0,
+            f"warning: {len(cut):,} {are} longer than data.max_sequence_length ({text.length} tokens; the longest has "
+            f"{max(cut.values()):,}): the rest of them is cut",
         )
+        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     return len(missing)
 
 

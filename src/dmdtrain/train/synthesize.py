@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from dmdtrain.config import Config, ConfigError, check_writable
-from dmdtrain.data.latents import LatentFolder
+from dmdtrain.data.latents import LatentFolder, read_captions
 from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.files import write_text
 from dmdtrain.train import setup
+from dmdtrain.train.checkpoint import WARMUP
 from dmdtrain.train.clips import scan, with_captions
 from dmdtrain.train.log import Live
 from dmdtrain.train.render import Renderer, teacher_sigmas
@@ -50,6 +52,31 @@ def warmup_shape(run: setup.Run) -> tuple[int, int, int, int]:
     """[C, T, H, W] of a video as long as the teacher is asked to judge in DMD."""
     channels, _, height, width = run.latent_shape
     return channels, run.config.rollout.warmup_frames, height, width
+
+
+def own_plan(run: setup.Run) -> tuple[Path, dict[str, Any], list[float]]:
+    """Where a run keeps the warm-up's data that its teacher makes, and what `plan_of` says of them."""
+    settings = run.config.warmup
+    what = "trajectories" if settings.kind == "ode_regression" else "latents"
+    facts, sigmas = plan_of(run, what, settings.teacher_steps, run.config.train.seed)
+    return run.output_dir / "cache" / WARMUP, facts, sigmas
+
+
+def warmup_sampler(run: setup.Run) -> EpochSampler[Path]:
+    """The warm-up's samples in shuffled epochs, whether the teacher has made its own or has yet to. What they are is told by
+    how they were made, their number and their caption."""
+    settings = run.config.warmup
+    if settings.data is None:
+        path, facts, _ = own_plan(run)
+        files = [LatentFolder(path, facts).file(index) for index in range(settings.num_samples)]
+        captions = EpochSampler(run.prompts, facts["seed"]).draw(settings.num_samples)
+    else:
+        folder = LatentFolder.open(Path(settings.data).expanduser(), "warmup.data")
+        facts, files = folder.facts, folder.files()
+        captions = read_captions(files)
+    made = json.dumps(facts, sort_keys=True)
+    identities = [f"{made} {file.name} {caption}" for file, caption in zip(files, captions, strict=True)]
+    return EpochSampler(files, run.config.train.seed, identities=identities)
 
 
 def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], count: int, console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dmdtrain.train import interrupt, validation
 from dmdtrain.train.alarms import BAD_STEPS, Alarms, drawn_again, dump_bad_step, load_alarms, measure
 from dmdtrain.train.batches import Batch, Batches
 from dmdtrain.train.checkpoint import CHECKPOINTS
-from dmdtrain.train.clips import Clips
+from dmdtrain.train.clips import Clips, held_out
 from dmdtrain.train.ema import Ema
 from dmdtrain.train.flops import update_flops
 from dmdtrain.train.log import MetricsLog
@@ -29,6 +30,7 @@ from dmdtrain.train.prepare_videos import ClipLoader, prepare_videos
 from dmdtrain.train.real_data import HeldOut, RealData
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.reports import Reports
+from dmdtrain.train.same_data import load_random, prompts_of, real_clips_of, record
 from dmdtrain.train.setup import (
     Run,
     build_roles,
@@ -100,8 +102,9 @@ class Trainer:
             clips = ClipLoader(run, self.clips["data.videos"], self.config.train.seed + 3)
             self.real = RealData(run, clips, self.roles, self.text, self.distiller.autocast)
         self.held_out: HeldOut | None = None
-        if self.config.validation.real_clips:
-            self.held_out = HeldOut(run, self.clips["data.videos"], self.roles, self.text, self.distiller.autocast)
+        videos = self.clips.get("data.videos")
+        if videos is not None and held_out(run, videos):  # a branch may have none left of validation.real_clips
+            self.held_out = HeldOut(run, videos, self.roles, self.text, self.distiller.autocast)
         self.renderer = Renderer(run, self.roles, self.text, self.distiller.autocast)
         self._flops: dict[str, dict[str, float]] = {}  # of the last update of each role
         self.root = run.output_dir / CHECKPOINTS
@@ -255,6 +258,10 @@ class Trainer:
         real = {} if self.real is None else self.real.state_dict()
         return self.batches.state_dict() | {f"real.{key}": value for key, value in real.items()}
 
+    @cached_property
+    def _data(self) -> Tensors:
+        return record(self.run, self.clips, warmup=False)
+
     def content(self) -> checkpoints.Content:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
@@ -263,7 +270,7 @@ class Trainer:
             checkpoints.save_optimizer(name, optimizer, tensors, texts)
         if self.ema is not None:
             tensors["ema"] = self.ema.weights
-        tensors["random"] = self._random() if self.underway is None else self.underway.random
+        tensors["random"] = self._data | (self._random() if self.underway is None else self.underway.random)
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"stage": "dmd"} | counters | {"bad_in_a_row": self.bad_in_a_row, "alarms": self.alarms.state()}
         if self.underway is not None:
@@ -274,12 +281,13 @@ class Trainer:
     def save(self) -> Path:
         return checkpoints.write_checkpoint(self.root, self.step, *self.content(), self.config.checkpoint.keep)
 
-    def load(self, folder: Path, *, anew: bool = False) -> None:
+    def load(self, folder: Path, *, anew: bool = False, branch: bool = False) -> None:
         """Everything that `content` saved; ConfigError where it is not this run's.
 
         Args:
             anew: without the gradients of the next step, which a branch with other settings makes from its beginning. An update
                 that is done of it stays in the weights.
+            branch: begins a new epoch of data that are others, instead of refusing them; then, too, without those gradients.
         """
         for name, optimizer in self.optimizers.items():
             checkpoints.load_weights(folder, name, self.roles.named_parameters(name))  # type: ignore[arg-type]
@@ -292,19 +300,17 @@ class Trainer:
             checkpoints.check_like(folder, "ema", average, self.ema.weights)
             self.ema.load(average)
         batches = self.batches
-        checkpoints.load_random(folder, batches.generator, "prompts", batches.sampler, "data.prompts", "prompts")
+        same = load_random(folder, batches.generator, prompts_of(batches.sampler), branch=branch)
         batches.forget()
         if self.real is not None:
-            real = self.real
-            checkpoints.load_random(
-                folder, real.generator, "real.clips", real.clips, "data.videos", "clips", "real.draws"
-            )
+            clips = real_clips_of(self.real.clips.sampler)
+            same &= load_random(folder, self.real.generator, clips, "real.draws", branch=branch)
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
         self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", tuple(self.optimizers))
         names, n = self._updates(), self.config.samples_per_update
         left = (lambda: batches.ahead().draws.score_noise) if names[0] == "student" else None
-        if not anew:
+        if same and not anew:
             self.underway = load_underway(folder, self._random(), names, n, self.roles.named_parameters, left)
         load_alarms(self.alarms, checkpoints.read_json(folder, "state.json"), folder)
         self._recall_validation()

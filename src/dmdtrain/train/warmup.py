@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from rich.console import Console
 from dmdtrain import config as configuration
 from dmdtrain.config import ConfigError
 from dmdtrain.data.latents import LatentFolder, holds_latents, read_captions, read_latents
-from dmdtrain.data.prompts import EpochSampler
 from dmdtrain.data.videos import METADATA
 from dmdtrain.files import make_folder
 from dmdtrain.train import checkpoint as checkpoints
@@ -28,6 +27,7 @@ from dmdtrain.train.plan import throughput
 from dmdtrain.train.prepare_videos import ClipLoader
 from dmdtrain.train.render import Renderer
 from dmdtrain.train.reports import Reports
+from dmdtrain.train.same_data import Sampler, load_random, record, warmup_files_of
 from dmdtrain.train.setup import Run, encode_text, sampling_json
 from dmdtrain.train.step import Stats, as_numbers
 from dmdtrain.train.underway import Tensors, Underway, load_underway
@@ -83,23 +83,12 @@ class Synthesized:
         needs_states = run.config.warmup.kind == "ode_regression"
         self.states = _state_indices(folder, run.timesteps) if needs_states else None
         self.num_frames = synthesize.warmup_shape(run)[1]
-        self.files = EpochSampler(folder.files(), run.config.train.seed)
+        self.files = synthesize.warmup_sampler(run)
 
     def draw(self, n: int) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
         """Captions, latents [n, C, T, H, W] and states [S, n, C, T, H, W]."""
         captions, latents, states = read_latents(self.files.draw(n), self.num_frames)
         return captions, latents, None if self.states is None or states is None else states[self.states]
-
-    @property
-    def items(self) -> Sequence[Path]:
-        return self.files.items
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.files.state_dict()
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError where there are more or fewer files."""
-        self.files.load_state_dict(state)
 
 
 class Warmup:
@@ -147,11 +136,9 @@ class Warmup:
         encode_text(self.text, read_captions(folder.files()), self.console)
 
     def _folder(self) -> LatentFolder:
-        settings, run = self.config.warmup, self.run
-        own = run.output_dir / "cache" / WARMUP
+        settings = self.config.warmup
         if settings.data is None:
-            what = "trajectories" if settings.kind == "ode_regression" else "latents"
-            facts, sigmas = synthesize.plan_of(run, what, settings.teacher_steps, self.config.train.seed)
+            own, facts, sigmas = synthesize.own_plan(self.run)
             folder = LatentFolder.create(own, facts, "warmup")
             if missing := folder.missing(settings.num_samples):
                 self.console.print(f"warm-up: the teacher makes {len(missing)} videos in {own}", soft_wrap=True)
@@ -219,13 +206,19 @@ class Warmup:
 
     def _drawn(self, underway: Underway) -> list[Any]:
         """The samples of the step in hand."""
-        samples = self.samples
-        sampler = samples.files if isinstance(samples, Synthesized) else samples.sampler
-        return drawn_again(sampler, underway.random, "files.", self.config.samples_per_update)
+        return drawn_again(self._sampler, underway.random, "files.", self.config.samples_per_update)
+
+    @property
+    def _sampler(self) -> Sampler:
+        return self.samples.files if isinstance(self.samples, Synthesized) else self.samples.sampler
+
+    @cached_property
+    def _data(self) -> Tensors:
+        return record(self.run, self.clips, warmup=True)
 
     def _random(self) -> Tensors:
         """Generator and position in the data, between two steps."""
-        position = {f"files.{key}": value for key, value in self.samples.state_dict().items()}
+        position = {f"files.{key}": value for key, value in self._sampler.state_dict().items()}
         return {"draws": self.generator.get_state()} | position
 
     def content(self) -> checkpoints.Content:
@@ -233,7 +226,7 @@ class Warmup:
         tensors: dict[str, Tensors] = {"student": dict(parameters)}  # type: ignore[arg-type]
         texts = {"config.yaml": configuration.dump(self.config), "sampling.json": sampling_json(self.run)}
         checkpoints.save_optimizer("student", self.optimizer, tensors, texts)
-        tensors["random"] = self._random() if self.underway is None else self.underway.random
+        tensors["random"] = self._data | (self._random() if self.underway is None else self.underway.random)
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {"stage": WARMUP} | counters | {"bad_in_a_row": self.bad_in_a_row, "alarms": self.alarms.state()}
         if self.underway is not None:
@@ -241,21 +234,16 @@ class Warmup:
         texts["state.json"] = json.dumps(state) + "\n"
         return tensors, texts
 
-    def load(self, folder: Path, *, anew: bool = False) -> None:
-        """Everything that `content` saved; ConfigError where it is not this run's.
-
-        Args:
-            anew: without the gradients of the next step, which a branch with other settings makes from its beginning.
-        """
+    def load(self, folder: Path, *, anew: bool = False, branch: bool = False) -> None:
+        """Everything that `content` saved; ConfigError where it is not this run's. Args as `Trainer.load`."""
         checkpoints.load_weights(folder, "student", self.roles.named_parameters("student"))
         checkpoints.load_optimizer("student", self.optimizer, folder)
-        key = warmup_key(self.run) or "warmup.data"
-        checkpoints.load_random(folder, self.generator, "files", self.samples, key, "samples")
+        same = load_random(folder, self.generator, warmup_files_of(self.run, self._sampler), branch=branch)
         for name, value in checkpoints.read_counters(folder, COUNTERS).items():
             setattr(self, name, value)
         self.bad_in_a_row = checkpoints.read_counts(folder, "bad_in_a_row", (WARMUP,))
         n = self.config.samples_per_update
-        if not anew:
+        if same and not anew:
             self.underway = load_underway(
                 folder, self._random(), (WARMUP,), n, lambda _: self.roles.named_parameters("student")
             )
