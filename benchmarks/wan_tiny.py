@@ -3,7 +3,8 @@
     python benchmarks/wan_tiny.py --ckpt output/wan-tiny/checkpoints/step-000400 [--ckpt ...] --out benchmarks/wan_tiny.json
 
 Rows: the teacher at many steps; the teacher at 3 steps with and without guidance, on the pipeline's grid and on an even one;
-the undistilled base under the student's own sampler; and every student. The Frechet distance is to fresh samples of the
+the undistilled base under the student's own sampler; and every student, by its average and by its trained weights. The Frechet
+distance is to fresh samples of the
 teacher at many steps; the teacher's own distance between two such sets is the floor.
 """
 
@@ -81,12 +82,12 @@ def main() -> None:
     add(f"undistilled base, {len(run.timesteps)} steps, student's sampler", latents, time.monotonic() - started, 3)
     for ckpt in args.ckpt:
         run = setup.load_run(ckpt)
-        weights = "ema" if (ckpt / "ema.safetensors").exists() else "raw"
-        renderer = Renderer(run, setup.load_student(run, ckpt, weights, device), setup.text_cache(run, device))
-        started = time.monotonic()
-        latents = renderer.student(prompts, 0, shape, run.timesteps)
-        name = f"student, {len(run.timesteps)} steps ({weights}, seed {run.config.train.seed})"
-        add(name, latents, time.monotonic() - started, len(run.timesteps))
+        for weights in ("ema", "raw") if (ckpt / "ema.safetensors").exists() else ("raw",):
+            renderer = Renderer(run, setup.load_student(run, ckpt, weights, device), setup.text_cache(run, device))
+            started = time.monotonic()
+            latents = renderer.student(prompts, 0, shape, run.timesteps)
+            name = f"student, {len(run.timesteps)} steps ({weights}, seed {run.config.train.seed})"
+            add(name, latents, time.monotonic() - started, len(run.timesteps))
 
     record = {
         "samples": args.samples,
