@@ -4,8 +4,7 @@
 
 Rows: the teacher at many steps; the teacher at 3 steps with and without guidance, on the pipeline's grid and on an even one;
 the undistilled base under the student's own sampler; and every student, by its average and by its trained weights. The Frechet
-distance is to fresh samples of the
-teacher at many steps; the teacher's own distance between two such sets is the floor.
+distance is to fresh samples of the teacher at many steps; the teacher's own distance between two such sets is the floor.
 """
 
 from __future__ import annotations
