@@ -384,6 +384,12 @@ def test_the_student_is_pushed(write, hub_server, tmp_path):
     assert head["library_name"] == "diffusers" and "base_model" not in head and files == {}
     assert "3-step student of wan-random (LoRA of rank 4)" in card and "1000, 757, 522" in card
     assert 'pipe.load_lora_weights("me/student")' in card and "num_inference_steps=3" in card
+    assert (
+        "height={1}, width={0}, num_frames={2}, ".format(
+            *config["validation"]["resolution"].split("x"), config["validation"]["num_frames"]
+        )
+        in card
+    )
     assert "with any other number the scheduler walks timesteps that were never trained" in card and "0.34" in card
     assert "In ComfyUI: sampler lcm, CFG 1, sigmas 1.0, 0.757, 0.522, 0.0.\n" in card
     assert all(key.startswith("diffusion_model.blocks.") for key in found)

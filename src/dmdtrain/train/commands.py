@@ -270,11 +270,8 @@ def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | Non
     check_writable(out.parent, "--out", out.name)
     if out.exists():
         raise ConfigError(f"--out: {out} exists; choose another name")
-    student, settings = run.config.student, run.config.validation
-    facts = run.sampling()
-    _, _, height, width = run.validation_latent_shape
-    factor = run.base.spatial_factor
-    facts |= {"height": height * factor, "width": width * factor, "num_frames": settings.num_frames, "fps": run.fps}
+    student = run.config.student
+    facts = run.sampling() | run.video_size | {"fps": run.fps}
     scale = student.alpha / student.rank if student.kind == "lora" else None
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
     if student.kind == "lora":

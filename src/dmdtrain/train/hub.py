@@ -178,7 +178,7 @@ def write_upload(run: Run, ckpt: Path, folder: Path, repo: str) -> None:
         (partial / "config.yaml").write_text(configuration.dump(public), encoding="utf-8")
         sampling = file_of(ckpt, "sampling.json").read_text(encoding="utf-8")
         (partial / "sampling.json").write_text(sampling, encoding="utf-8")
-        card = model_card(repo, json.loads(sampling), config, stock=(partial / SCHEDULER).exists())
+        card = model_card(repo, json.loads(sampling), config, run.video_size, stock=(partial / SCHEDULER).exists())
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -204,8 +204,12 @@ def _write_transformer(run: Run, ckpt: Path, config: Config, folder: Path) -> No
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def model_card(repo: str, sampling: dict[str, Any], config: Config, *, stock: bool) -> str:
-    """README.md: what it is, its steps and guidance, and how it is loaded. stock: there is a scheduler for WanPipeline."""
+def model_card(repo: str, sampling: dict[str, Any], config: Config, video_size: dict[str, int], *, stock: bool) -> str:
+    """README.md: what it is, its steps and guidance, and how it is loaded and called.
+
+    Args:
+        video_size: of the call's video. stock: there is a scheduler for WanPipeline.
+    """
     from dmdtrain.export import comfyui_sampling, only_these_steps
 
     base, steps = sampling["base_model"], sampling["timesteps"]
@@ -227,6 +231,7 @@ Timesteps {listed}; no guidance (guidance_scale {sampling["guidance_scale"]:g}).
 `sampling.json` has all that sampling needs, `config.yaml` the run's configuration.
 """
     if stock:
+        size = ", ".join(f"{key}={value}" for key, value in video_size.items())
         text += f"""
 ```python
 import torch
@@ -235,7 +240,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 pipe = WanPipeline.from_pretrained("{named}", torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{repo}")
 pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("{repo}", subfolder="{SCHEDULER}")
-video = pipe("a prompt", num_inference_steps={len(steps)}, guidance_scale=1.0).frames[0]
+video = pipe("a prompt", {size}, num_inference_steps={len(steps)}, guidance_scale=1.0).frames[0]
 ```
 
 {only_these_steps(len(steps))}

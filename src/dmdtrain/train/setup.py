@@ -80,6 +80,12 @@ class Run:
         return self.config.validation.fps or self.base.fps
 
     @property
+    def video_size(self) -> dict[str, int]:
+        """height and width in pixels and num_frames of a validation video, as a pipeline is called."""
+        height, width = (edge * self.base.spatial_factor for edge in self.validation_latent_shape[2:])
+        return {"height": height, "width": width, "num_frames": self.config.validation.num_frames}
+
+    @property
     def frame_tokens(self) -> int:
         """Tokens of a latent frame of a training video."""
         return self.tokens_of(self.latent_shape)
