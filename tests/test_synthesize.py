@@ -234,11 +234,10 @@ def test_what_is_missing_is_made_again_and_nothing_else(whole, config, tmp_path)
     for name in after.keys() - {*lost, "latents.json"}:
         assert after[name] == before[name], name
     assert after["latents.json"][0] == before["latents.json"][0]
-    for index in (1, 4):  # in a batch of other samples
+    for index in (1, 4):  # to the bit, as rounding follows the batch
         (caption, stored), (same_caption, wanted) = sample(folder, index), sample(whole / "all", index)
-        assert caption == same_caption
-        for key in wanted:
-            assert_as_stored(stored[key], wanted[key])
+        assert caption == same_caption and stored.keys() == wanted.keys()
+        assert all(torch.equal(stored[key], wanted[key]) for key in wanted)
 
 
 def test_more_samples_begin_with_the_same(whole, config, tmp_path):
@@ -253,8 +252,7 @@ def test_more_samples_begin_with_the_same(whole, config, tmp_path):
     at = [kept.index(t) for t in (1000, 757, 522)]
     for index in (3, 4):  # the same as if five had been asked for at once
         (caption, stored), (same_caption, wanted) = sample(folder, index), sample(whole / "all", index)
-        assert caption == same_caption
-        assert_as_stored(stored["states"], wanted["states"][at])
+        assert caption == same_caption and torch.equal(stored["states"], wanted["states"][at])
 
 
 def test_fewer_samples_leave_the_others_alone(whole, config):

@@ -31,11 +31,15 @@ class Renderer:
     def __init__(self, run: Run, roles: Roles, text: TextCache, autocast: Autocast = nullcontext):
         self.run, self.roles, self.text, self.autocast = run, roles, text, autocast
 
-    def batches(self, count: int, shape: tuple[int, ...]) -> list[range]:
+    def batch_size(self, shape: tuple[int, ...]) -> int:
+        """Videos of latents [C, T, H, W] that are sampled together."""
         _, frames, height, width = shape
         patch = self.run.base.patch_size
         tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
-        size = max(1, BATCH_TOKENS // tokens)
+        return max(1, BATCH_TOKENS // tokens)
+
+    def batches(self, count: int, shape: tuple[int, ...]) -> list[range]:
+        size = self.batch_size(shape)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def student_steps(self, count: int, shape: tuple[int, ...], timesteps: list[float]) -> int:

@@ -23,6 +23,7 @@ from dmdtrain.train.render import Renderer, teacher_sigmas
 from dmdtrain.train.validation import write_mp4
 
 KINDS = ("trajectories", "latents", "videos")
+MOST_TOGETHER = 8  # samples of one batch, which is made as a whole if any of it is missing
 
 
 def plan_of(
@@ -80,35 +81,42 @@ def warmup_sampler(run: setup.Run) -> EpochSampler[Path]:
 
 
 def make_samples(renderer: Renderer, folder: LatentFolder, sigmas: list[float], count: int, console: Console) -> None:
-    """Adds what is missing of samples 0 to count - 1. Number i is of the i-th prompt drawn and starts from seed + i."""
+    """Adds what is missing of samples 0 to count - 1. Number i is of the i-th prompt drawn and starts from seed + i.
+
+    Rounding follows the batch, so that batches are fixed by these numbers: neither what is there nor `count` changes a bit.
+    """
     facts = folder.facts
-    missing = folder.missing(count)
+    missing = set(folder.missing(count))
     if not missing:
         return
-    drawn = EpochSampler(renderer.run.prompts, facts["seed"]).draw(count)
-    setup.encode_text(renderer.text, [*drawn, facts["negative_prompt"]], console)
+    shape = tuple(facts["latent_shape"])
+    size = min(MOST_TOGETHER, renderer.batch_size(shape))
+    batches = [range(first, first + size) for first in sorted({index // size * size for index in missing})]
+    drawn = EpochSampler(renderer.run.prompts, facts["seed"]).draw(batches[-1].stop)
+    setup.encode_text(renderer.text, [*(drawn[i] for rows in batches for i in rows), facts["negative_prompt"]], console)
     kept = [sigmas.index(t / 1000) for t in facts["timesteps"] or []]
-    steps, taken = len(sigmas) - 1, itertools.count()
-    with Live(count, count - len(missing), console, unit="video") as live:
-        for rows in renderer.batches(len(missing), tuple(facts["latent_shape"])):
-            indices = [missing[row] for row in rows]
+    steps, taken, made = len(sigmas) - 1, itertools.count(), count - len(missing)
+    with Live(count, made, console, unit="video") as live:
+        for rows in batches:
             states = renderer.teacher_states(
-                [drawn[i] for i in indices],
-                [facts["seed"] + i for i in indices],
-                tuple(facts["latent_shape"]),
+                [drawn[i] for i in rows],
+                [facts["seed"] + i for i in rows],
+                shape,
                 sigmas,
                 facts["guidance_scale"],
                 facts["negative_prompt"],
                 lambda: live.within(f"step {next(taken) % steps + 1}/{steps}"),
             )
             videos = renderer.decode(states[-1]) if facts["what"] == "videos" else None
-            for column, index in enumerate(indices):
+            wanted = [(column, index) for column, index in enumerate(rows) if index in missing]
+            for column, index in wanted:
                 if videos is None:
                     folder.write(index, drawn[index], states[-1, column], states[kept, column] if kept else None)
                 else:  # a clip with its caption beside it; the clip last, since it is what says that both are there
                     write_text(folder.file(index).with_suffix(".txt"), drawn[index] + "\n")
                     write_mp4(folder.file(index), videos[column], renderer.run.fps, min_edge=1)
-            live.step(count - len(missing) + rows.stop, "")
+            made += len(wanted)
+            live.step(made, "")
 
 
 def synthesize(
