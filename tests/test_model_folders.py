@@ -715,3 +715,22 @@ def test_the_installed_command(broken_folder, config_file, case):
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert says[0] in line and not result.stdout
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a class that is known", "a class of its own"])
+def test_python_that_lies_in_a_model_folder_is_never_run(broken_folder, config_file, tmp_path, known):
+    """At a terminal Transformers would offer to run it."""
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}} | ({} if known else {"tokenizer_class": "Own"})
+    code = write(
+        "tokenizer/own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import T5Tokenizer as Own\n"
+    )
+    folder = broken_folder(both(edit_json("tokenizer/tokenizer_config.json", **own), code))
+    if known:
+        assert load_text_encoder(find_folder(str(folder), "model.base"), "fp32")
+    else:
+        refused(
+            "fit",
+            config_file(folder),
+            says="tokenizer_config.json asks for Python of its own (auto_map), which is not run",
+        )
+    assert not (tmp_path / "ran").exists()

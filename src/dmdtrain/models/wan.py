@@ -213,7 +213,7 @@ def codec(folder: WanFolder, device: torch.device) -> Iterator[Any]:
 
 def load_text_encoder(folder: WanFolder, precision: str, quantize_on: torch.device | None = None) -> tuple[Any, Any]:
     """(tokenizer, frozen UMT5 encoder); precision and quantize_on as in `load_transformer`."""
-    from transformers import AutoConfig, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -222,18 +222,22 @@ def load_text_encoder(folder: WanFolder, precision: str, quantize_on: torch.devi
     if precision in ("fp32", "bf16"):
         encoder = _loaded(UMT5EncoderModel, folder, "text_encoder", dtype=_dtype(precision))
     else:
-        build = lambda: UMT5EncoderModel(AutoConfig.from_pretrained(folder.path / "text_encoder"))  # noqa: E731
+        build = lambda: UMT5EncoderModel(UMT5Config.from_pretrained(folder.path / "text_encoder"))  # noqa: E731
         encoder = _loaded_quantized(build, folder, "text_encoder", precision, "", quantize_on)
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
 def _load_tokenizer(folder: WanFolder) -> Any:
+    """Never runs Python that lies in the folder: Transformers would offer that at a terminal."""
     from transformers import AutoTokenizer
 
+    path = folder.path / "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself; all mean that it can not be had
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = f"{path / 'tokenizer_config.json'} asks for Python of its own (auto_map), which is not run"
         raise ConfigError(f"{folder.name}: tokenizer can not be loaded: {reason}") from None
     rows = folder.text_encoder.get("vocab_size")
     if rows is not None and len(tokenizer) > rows:
