@@ -365,10 +365,13 @@ def test_options_that_do_not_fit(config, tmp_path):
 # ---------------------------------------------------------------------------------------------------- broken samples
 
 
-def test_a_broken_sample_is_told_by_the_warm_up_that_reads_it(whole, wan_folder, tmp_path):
+@pytest.mark.parametrize("damage", ["cut short", "a bit", "another caption"])
+def test_a_broken_sample_is_told_by_the_warm_up_that_reads_it(whole, wan_folder, tmp_path, damage):
     folder = copied(whole / "some", tmp_path / "some")
     broken = folder / "samples" / "000001.safetensors"
-    broken.write_bytes(broken.read_bytes()[:-100])
+    content = bytearray(broken.read_bytes())
+    content[content.index(b"caption") + 10 if damage == "another caption" else -100] ^= damage != "cut short"
+    broken.write_bytes(content[:-100] if damage == "cut short" else content)
     changes = {"warmup.kind": "ode_regression", "warmup.steps": 3, "warmup.data": str(folder)}
     file = write_config(tmp_path, wan_folder, changes)
     refused("fit", file, says=[f"{broken} is broken: ", "delete it and run dmdtrain synthesize again"])

@@ -1,8 +1,8 @@
 """Latents of captioned videos on disk: what `dmdtrain synthesize` writes and the warm-up reads.
 
     latents.json                 what they are and how they were made
-    samples/000000.safetensors   latents [C, T, H, W] and, of trajectories, states [S, C, T, H, W]; the caption in its header
-                                 (of videos: 000000.mp4 and 000000.txt)
+    samples/000000.safetensors   latents [C, T, H, W] and, of trajectories, states [S, C, T, H, W]; the caption and a checksum in
+                                 its header (of videos: 000000.mp4 and 000000.txt)
 
 and, of clips, a cache that is addressed by what is in them:
 
@@ -88,7 +88,9 @@ class LatentFolder:
     def write(self, index: int, caption: str, latents: torch.Tensor, states: torch.Tensor | None = None) -> None:
         tensors = {"latents": latents} if states is None else {"latents": latents, "states": states}
         halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
-        save_tensors(self.file(index), halves, {"caption": caption})
+        save_tensors(
+            self.file(index), halves, {"caption": caption, "sha256": _checksum(*halves.values(), caption=caption)}
+        )
 
 
 def holds_latents(path: Path, key: str) -> bool:
@@ -179,9 +181,11 @@ class LatentCache:
         return sorted(self.path.glob("[0-9a-f][0-9a-f]/.*.partial"))
 
 
-def _checksum(latents: torch.Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(latents.shape)).encode())
-    digest.update(latents.numpy())
+def _checksum(*tensors: torch.Tensor, caption: str = "") -> str:
+    digest = hashlib.sha256(caption.encode())
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.numpy())
     return digest.hexdigest()
 
 
@@ -191,7 +195,11 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as handle:
             yield handle
     except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is broken: {error}; delete it and run dmdtrain synthesize again") from None
+        raise _broken(file, error) from None
+
+
+def _broken(file: Path, what: object) -> ConfigError:
+    return ConfigError(f"{file} is broken: {what}; delete it and run dmdtrain synthesize again")
 
 
 def read_captions(files: list[Path]) -> list[str]:
@@ -203,12 +211,21 @@ def read_captions(files: list[Path]) -> list[str]:
 
 
 def read_latents(files: list[Path], num_frames: int) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
-    """Captions, latents [B, C, T, H, W] and states [S, B, C, T, H, W] in float32, of the first `num_frames` frames."""
+    """Captions, latents [B, C, T, H, W] and states [S, B, C, T, H, W] in float32, of the first `num_frames` frames.
+
+    Raises:
+        ConfigError: a file is broken, or not what was written.
+    """
     captions, latents, states = [], [], []
     for file in files:
         with _opened(file) as handle:
-            captions.append(handle.metadata()["caption"])
-            latents.append(handle.get_slice("latents")[:, :num_frames].float())
-            if "states" in handle.keys():  # noqa: SIM118 (it is no dict)
-                states.append(handle.get_slice("states")[:, :, :num_frames].float())
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in ("latents", "states") if name in handle.keys()}  # noqa: SIM118
+            captions.append(metadata["caption"])
+            latents.append(tensors["latents"][:, :num_frames].float())
+            wanted = metadata.get("sha256")  # samples of earlier versions have none
+        if wanted is not None and _checksum(*tensors.values(), caption=captions[-1]) != wanted:
+            raise _broken(file, "its checksum differs")
+        if "states" in tensors:
+            states.append(tensors["states"][:, :, :num_frames].float())
     return captions, torch.stack(latents), torch.stack(states, 1) if states else None
