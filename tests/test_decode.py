@@ -140,8 +140,17 @@ def bt2020_sdr(nits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("transfer", "encode"), [(16, pq), (18, hlg), (14, bt2020_sdr), (1, None)])
-@pytest.mark.parametrize("codec", ["ffv1", "libx265"])
-def test_hdr_and_wide_colours_are_seen_as_in_sdr(tmp_path, transfer, encode, codec):
+@pytest.mark.parametrize(
+    ("codec", "kind"),
+    [
+        ("ffv1", "gbrp16le"),
+        ("ffv1", "yuv420p16le"),
+        ("ffv1", "yuva420p10le"),
+        ("libx265", "gbrp12le"),
+        ("libx265", "yuv420p10le"),
+    ],
+)
+def test_hdr_and_wide_colours_are_seen_as_in_sdr(tmp_path, transfer, encode, codec, kind):
     """White is at 203 cd/m2 (BT.2408); and what is not HDR nor wide stays as it is."""
     code = SEEN / 255
     if encode is not None:
@@ -152,8 +161,10 @@ def test_hdr_and_wide_colours_are_seen_as_in_sdr(tmp_path, transfer, encode, cod
         code = encode(203 * light @ TO_BT2020.T)
     picture = np.round(65535 * code).astype(np.uint16).repeat(16, 0)[None].repeat(64, 0)
     said = {"color_trc": transfer, "color_primaries": 1 if encode is None else 9}
-    kind = "gbrp16le" if codec == "ffv1" else "gbrp12le"
-    file = write_clip(tmp_path / "a.mkv", 2, (64, 64), codec, kind, frames=[picture] * 2, colours=said)
+    matrix = "BT2020" if "yuv" in kind and encode is not None else None
+    file = write_clip(
+        tmp_path / "a.mkv", 2, (64, 64), codec, kind, 16, colorspace=matrix, frames=[picture] * 2, colours=said
+    )
     found = pixels(read_clip(file, 2, 64, 64))[1, 32, 8::16]
     assert np.abs(found - SEEN).max() <= (2 if codec == "ffv1" else 8), found
 
