@@ -509,7 +509,7 @@ def test_damage_is_told_where_it_is_in_what_is_taken(tmp_path, kind, fps):
 
 def test_frames_before_missing_data_are_read_whatever_is_decoded_ahead(tmp_path):
     frames = [np.full((96, 128, 3), 60 + 4 * number, np.uint8) for number in range(24)]
-    options = {"bf": "2", "x264-params": "b-adapt=0:b-pyramid=none"}  # after the first: 2 B-frames before each P-frame
+    options = {"bf": "2", "x264-params": "b-adapt=0:b-pyramid=none"}
     whole = write_clip(tmp_path / "whole.ts", 24, (96, 128), frames=frames, options=options)
     content = bytearray(whole.read_bytes())
     with av.open(str(whole)) as container:
