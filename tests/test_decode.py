@@ -140,8 +140,17 @@ def bt2020_sdr(nits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("transfer", "encode"), [(16, pq), (18, hlg), (14, bt2020_sdr), (1, None)])
-@pytest.mark.parametrize("codec", ["ffv1", "libx265"])
-def test_hdr_and_wide_colours_are_seen_as_in_sdr(tmp_path, transfer, encode, codec):
+@pytest.mark.parametrize(
+    ("codec", "kind"),
+    [
+        ("ffv1", "gbrp16le"),
+        ("ffv1", "yuv420p16le"),
+        ("ffv1", "yuva420p10le"),
+        ("libx265", "gbrp12le"),
+        ("libx265", "yuv420p10le"),
+    ],
+)
+def test_hdr_and_wide_colours_are_seen_as_in_sdr(tmp_path, transfer, encode, codec, kind):
     """White is at 203 cd/m2 (BT.2408); and what is not HDR nor wide stays as it is."""
     code = SEEN / 255
     if encode is not None:
@@ -152,8 +161,10 @@ def test_hdr_and_wide_colours_are_seen_as_in_sdr(tmp_path, transfer, encode, cod
         code = encode(203 * light @ TO_BT2020.T)
     picture = np.round(65535 * code).astype(np.uint16).repeat(16, 0)[None].repeat(64, 0)
     said = {"color_trc": transfer, "color_primaries": 1 if encode is None else 9}
-    kind = "gbrp16le" if codec == "ffv1" else "gbrp12le"
-    file = write_clip(tmp_path / "a.mkv", 2, (64, 64), codec, kind, frames=[picture] * 2, colours=said)
+    matrix = "BT2020" if "yuv" in kind and encode is not None else None
+    file = write_clip(
+        tmp_path / "a.mkv", 2, (64, 64), codec, kind, 16, colorspace=matrix, frames=[picture] * 2, colours=said
+    )
     found = pixels(read_clip(file, 2, 64, 64))[1, 32, 8::16]
     assert np.abs(found - SEEN).max() <= (2 if codec == "ffv1" else 8), found
 
@@ -496,6 +507,21 @@ def test_damage_is_told_where_it_is_in_what_is_taken(tmp_path, kind, fps):
         read_header(damaged(tmp_path, kind, 0)[1])
 
 
+def test_frames_before_missing_data_are_read_whatever_is_decoded_ahead(tmp_path):
+    frames = [np.full((96, 128, 3), 60 + 4 * number, np.uint8) for number in range(24)]
+    options = {"bf": "2", "x264-params": "b-adapt=0:b-pyramid=none"}
+    whole = write_clip(tmp_path / "whole.ts", 24, (96, 128), frames=frames, options=options)
+    content = bytearray(whole.read_bytes())
+    with av.open(str(whole)) as container:
+        starts = [packet.pos for packet in container.demux(video=0) if packet.size]
+    content[starts[14] + 3] ^= 8  # a counter that tells that the packet before it is not whole
+    (tmp_path / "a.ts").write_bytes(content)
+    for count in (10, 12):
+        assert torch.equal(read_clip(tmp_path / "a.ts", count, 96, 128), read_clip(whole, count, 96, 128))
+    with pytest.raises(ValueError, match="it is damaged: data is missing at frame 13"):
+        read_clip(tmp_path / "a.ts", 13, 96, 128)
+
+
 @pytest.mark.parametrize("kind", ["avi", "ts", "mkv"])
 def test_a_clip_whose_end_is_missing_is_read_as_far_as_it_goes(tmp_path, kind):
     file, _ = damaged(tmp_path, kind, 0)
@@ -520,7 +546,7 @@ def test_a_recording_that_begins_between_key_frames_begins_with_the_first(tmp_pa
 # ---------------------------------------------------------------------------------------------------- animations
 
 
-@pytest.mark.parametrize("kind", ["webp", "png", "png with another picture"])
+@pytest.mark.parametrize("kind", ["webp", "png", "png with another picture", "avif"])
 def test_animated_images_are_videos_with_their_times(tmp_path, kind):
     file = tmp_path / f"a.{kind[:4].strip()}"
     pictures = [Image.fromarray(scene(number, 32, 48)) for number in (2, 4, 6, 8)]

@@ -281,7 +281,7 @@ def _durations(image: Image.Image) -> list[float]:
 
 def _numbers(image: Image.Image) -> range:
     """Of the pictures of an animation; without that which APNG has for those who cannot show it."""
-    if image.format not in ("PNG", "WEBP"):  # in JPEG they are other views of the picture
+    if image.format not in ("PNG", "WEBP", "AVIF"):  # in JPEG they are other views of the picture
         return range(1)
     return range(int(getattr(image, "default_image", False)), getattr(image, "n_frames", 1))
 

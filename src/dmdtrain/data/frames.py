@@ -80,17 +80,17 @@ class Video:
             if packet is not None:
                 keyed |= packet.is_keyframe
                 self._due.append(due)
-                if packet.is_corrupt and keyed:
-                    self.damage = f"it is damaged: data is missing at frame {count + 1}"
-                    return
+            missing = packet is not None and packet.is_corrupt and keyed
             try:
-                decoded = decoder.decode(packet)
+                decoded = decoder.decode(None if missing else packet)
             except av.FFmpegError as error:
                 if keyed:
                     self.damage = f"it is damaged: frame {count + 1} can not be decoded ({error.strerror})"
                     return
                 continue
             for frame in decoded:
+                if missing and (None in (frame.pts, packet.pts) or frame.pts >= packet.pts):
+                    break  # it is seen after what is missing
                 check_size(frame.width, frame.height)
                 if frame.is_corrupt:
                     if keyed:
@@ -101,6 +101,9 @@ class Video:
                     self._anchor = count
                 count += 1
                 yield frame
+            if missing:
+                self.damage = f"it is damaged: data is missing at frame {count + 1}"
+                return
 
     def _decoder(self) -> Any:
         context = self.stream.codec_context

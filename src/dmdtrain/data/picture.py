@@ -56,7 +56,8 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
 def picture(frame: Any) -> np.ndarray:
     """[H, W, 3], upright and on white: uint8 in BT.709, or uint16 where `to_bt709` is still to be applied."""
     alpha = frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
-    kind = ("rgba64le" if alpha else "rgb48le") if is_wide(frame) else ("rgba" if alpha else "rgb24")
+    # FFmpeg's packed kinds of 16 bits come out wrong of halved chroma: green is lost.
+    kind = ("gbrap16le" if alpha else "gbrp16le") if is_wide(frame) else ("rgba" if alpha else "rgb24")
     guess = Colorspace.BT2020 if is_wide(frame) else Colorspace.ITU709 if frame.height >= HD else None
     matrix = guess if frame.colorspace == UNSAID else None
     pixels = frame.to_ndarray(format=kind, src_colorspace=matrix, interpolation=EXACT)
