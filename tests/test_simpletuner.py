@@ -426,7 +426,7 @@ def test_what_is_refused_is_told_and_left_out(theirs, tmp_path, changes, says):
         ),
         (
             {"pretrained_model_name_or_path": ..., "model_flavour": "i2v-14b-2.1"},
-            'model_flavour: "i2v-14b-2.1": dmdtrain does text to video of Wan 2.1 and 2.2 5B only; valid are t2v-480p-1.3b-2.1, t2v',
+            'model_flavour: "i2v-14b-2.1": dmdtrain does text to video of Wan 2.1 and 2.2 5B only; valid are t2v-480p',
         ),
         ({"distillation_method": ...}, "distillation_method: null: dmdtrain only does dmd"),
         ({"pretrained_model_name_or_path": ...}, "pretrained_model_name_or_path: it must name the model"),
