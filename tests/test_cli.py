@@ -641,6 +641,7 @@ def test_commands_refuse(command, says, trained, ckpt, tmp_path):
         ("FILE/deep", "FILE is not a folder"),
         ("LINK", "LINK is not a folder"),
         ("LONG", "too long"),
+        ("NEW/LONG", "too long"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "validate", "export-lora", "export-pipeline", "synthesize", "fit"])
@@ -673,6 +674,41 @@ def test_an_output_that_can_not_be_written_is_found_before_a_model_is_loaded(
 def test_a_name_too_long_for_what_is_written_beside_it_first(command, ckpt, tmp_path):
     out = tmp_path / ("x" * (255 - len(command[-1])) + command[-1])
     refused(command[0], "--ckpt", ckpt, *command[1:-1], out, says=["--out: ", "File name too long"])
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "link"),
+    [
+        (["generate", "a cat"], "a.mp4", "a.mp4"),
+        (["export-lora"], "a.safetensors", "a.safetensors"),
+        (["export-lora"], "a.safetensors", "a_scheduler"),
+        (["export-pipeline"], "a", "a"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_in_the_way_as_a_file_is(command, name, link, ckpt, tmp_path):
+    (tmp_path / link).symlink_to("/no/where")
+    says = [f"--out: {tmp_path / link} exists; choose another name"]
+    refused(command[0], "--ckpt", ckpt, *command[1:], "--out", tmp_path / name, says=says)
+    assert [(file.name, file.is_symlink()) for file in tmp_path.iterdir()] == [(link, True)]
+
+
+def test_text_of_the_command_line_that_is_not_utf_8(config_file, ckpt, tmp_path):
+    text = os.fsdecode(b"a caf\xe9")
+    refused(
+        "fit", config_file(), "--set", f"data.negative_prompt={text}", says=["--set data.negative_prompt=", "no text"]
+    )
+    refused(
+        "generate", "--ckpt", ckpt, text, "--out", tmp_path / "a.mp4", says=["the prompt holds a character that is no"]
+    )
+
+
+def test_a_home_folder_in_output_dir_is_that_folder(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "run").mkdir(parents=True)
+    (tmp_path / "home" / "run" / "mine.txt").write_text("x")
+    refused(
+        "fit", config_file(), "--output-dir=~/run", "--dry-run", says=[f"output_dir: {tmp_path}/home/run is not empty"]
+    )
 
 
 def test_commands_on_a_student_that_was_trained_whole(trained, tmp_path):

@@ -908,6 +908,10 @@ def test_names_that_no_file_has(refusal, key):
 quoted_nothing = '""'
 
 
+def test_the_path_of_a_set_that_no_file_has(refusal):
+    assert refusal("", "data.videos=~no-such-user/a") == "data.videos.0.path: '~no-such-user/a': no such user's folder"
+
+
 def test_where_values_come_from(tmp_path):
     (tmp_path / "run.yaml").write_text("train: {max_steps: 5, seed: 1}\nstudent: {rank: 4, alpha: 4}\nema:\n")
     values, origins = read(tmp_path / "run.yaml", ["train.seed=2", "ema.every=3", "student={rank: 8}", "output_dir=x"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -425,7 +426,7 @@ def test_what_is_refused_is_told_and_left_out(theirs, tmp_path, changes, says):
         ),
         (
             {"pretrained_model_name_or_path": ..., "model_flavour": "i2v-14b-2.1"},
-            'model_flavour: "i2v-14b-2.1": dmdtrain does text to video of Wan 2.1 only; valid are t2v-480p-1.3b-2.1, t2v',
+            'model_flavour: "i2v-14b-2.1": dmdtrain does text to video of Wan 2.1 and 2.2 5B only; valid are t2v-480p',
         ),
         ({"distillation_method": ...}, "distillation_method: null: dmdtrain only does dmd"),
         ({"pretrained_model_name_or_path": ...}, "pretrained_model_name_or_path: it must name the model"),
@@ -474,6 +475,10 @@ def test_nothing_is_overwritten(theirs, tmp_path):
     (tmp_path / "b.prompts.txt").write_text("mine")
     refused("import-config", "config/config.json", "-o", "b.yaml", says="b.prompts.txt exists")
     refused("import-config", "config/config.json", "-o", "b.json", says="it must end in .yaml")
+    (tmp_path / "link.yaml").symlink_to("/no/where")
+    refused("import-config", "config/config.json", "-o", "link.yaml", says="link.yaml exists")
+    bad = os.fsdecode(b"caf\xe9.yaml")
+    refused("import-config", "config/config.json", "-o", bad, says="a character that is no text")
     refused("import-config", "config/config.json", "-o", "none/b.yaml", says="none: no such folder")
 
 

@@ -56,6 +56,7 @@ def unwritable(key: str, path: Path, error: OSError, done: str = "written") -> E
 def check_writable(folder: Path, key: str, name: str = "") -> None:
     """A mistake in `key` unless a folder can be written, or made if it is not there. name: of a file that it is to hold."""
     try:
+        check_length(str(folder / name))
         above = next(each for each in (folder, *folder.parents) if each.is_symlink() or each.exists())
         if not above.is_dir():
             where = f"{folder}: {above}" if above != folder else folder
@@ -64,6 +65,8 @@ def check_writable(folder: Path, key: str, name: str = "") -> None:
             raise ConfigError(f"{key}: {folder} can not be written: {above} is read-only or another user's")
         with NamedTemporaryFile(dir=above, prefix=f".{name}", suffix=".partial"):  # permissions do not tell all: /proc
             pass
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
     except OSError as error:
         raise unwritable(key, folder / name, error) from None
 
@@ -178,10 +181,15 @@ def parse_resolution(resolution: int | str, aspect_ratio: str, multiple: int, ke
     raise ValueError(f"{key}: {_short(text)} is neither WIDTHxHEIGHT (such as 832x480) nor a number of pixels (480)")
 
 
+def check_length(path: str) -> None:
+    """Raises ValueError if a file system would not take it, which it tells only of a folder that is there."""
+    if any(len(os.fsencode(part)) > 255 for part in path.split("/")) or len(os.fsencode(path)) > 4000:
+        raise ValueError(f"{_short(path)}: too long for the name of a file or folder")
+
+
 def _file_name(value: str) -> str:
     """A path that the file system can be asked for."""
-    if any(len(part.encode()) > 255 for part in value.split("/")) or len(value.encode()) > 4000:
-        raise ValueError(f"{_short(value)}: too long for the name of a file or folder")
+    check_length(value)
     try:
         Path(value).expanduser()
     except RuntimeError:
@@ -996,7 +1004,8 @@ def _describe(error: Any) -> str:
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "value_error":
         message = str(context["error"])
-        if key in known_keys():  # of the value itself
+        in_a_set = where[:2] == ["data", "videos"] and where[-1] in VideoSet.model_fields
+        if key in known_keys() or in_a_set:  # of the value itself
             return f"{key}: {message}"
         return f"{key}.{message}" if key and not message.startswith(f"{key}.") else message
     wanted = {
@@ -1136,6 +1145,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     shown = _short(override)[1:-1]
     if not sign or not key:
         raise ConfigError(f"--set {shown}: it must be key=value, such as train.max_steps=100")
+    if not strict_yaml.is_text(override):
+        raise ConfigError(f"--set {shown}: {strict_yaml.NO_TEXT}")
     takes = {"object"} if key in groups() else _takes().get(key, {"string"})
     try:
         value = strict_yaml.parse(text) if _is_yaml(text, takes) else text

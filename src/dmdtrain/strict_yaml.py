@@ -11,6 +11,7 @@ MAX_BYTES = 256 * 1024
 MAX_VALUES = 20_000  # with every alias written out
 MAX_DEPTH = 16
 MAX_DIGITS = 100
+NO_TEXT = "a character that is no text"
 TAG = "tag:yaml.org,2002:"
 SCALARS = {TAG + kind for kind in ("str", "int", "float", "bool", "null", "merge")}
 # What a bare word is besides text, and how it begins. Narrower than YAML 1.1, for which `no` is false, 0400 is 256, 16:9 is 969
@@ -157,8 +158,13 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         raise _mistake(f"{node.value!r} must be in quotes", node)
     if node.tag in (f"{TAG}int", f"{TAG}float") and len(node.value) > MAX_DIGITS:
         raise _mistake(f"a number of {len(node.value)} characters", node)
-    if "\0" in node.value or (not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value)):
-        raise _mistake("a character that is no text", node)
+    if not is_text(node.value):
+        raise _mistake(NO_TEXT, node)
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written in UTF-8: what a command is given in another encoding cannot."""
+    return "\0" not in value and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

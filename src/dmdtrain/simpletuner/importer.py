@@ -214,11 +214,13 @@ def import_config(file: Path, data: Path | None, out: Path, *, causal: bool) -> 
     prompts = out.with_suffix(".prompts.txt")
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out: {out}: it must end in .yaml")
+    if not strict_yaml.is_text(str(out)):  # the YAML names the prompts file
+        raise ConfigError(f"--out: {shown(str(out))}: {strict_yaml.NO_TEXT}")
     if not os.path.isdir(out.parent):
         raise ConfigError(f"--out: {out.parent}: no such folder")
     check_writable(out.parent, "--out", prompts.name)
     for path in (out, prompts):
-        if path.exists():
+        if os.path.lexists(path):
             raise ConfigError(f"--out: {path} exists; choose another name")
     config, made = translate(file, data, out, causal=causal)
     text = yaml_text(config, made)

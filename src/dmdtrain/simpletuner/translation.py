@@ -176,7 +176,7 @@ def check_run(file: Path, given: dict[str, Any]) -> None:
     if given.get("pretrained_model_name_or_path") is None and flavour not in list(tables.FLAVOURS):
         if flavour and isinstance(flavour, str):
             raise ConfigError(
-                f"{file}: model_flavour: {shown(flavour)}: dmdtrain does text to video of Wan 2.1 only; "
+                f"{file}: model_flavour: {shown(flavour)}: dmdtrain does text to video of Wan 2.1 and 2.2 5B only; "
                 f"valid are {', '.join(tables.FLAVOURS)}"
             )
         raise ConfigError(f"{file}: pretrained_model_name_or_path: it must name the model")

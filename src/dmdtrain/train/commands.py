@@ -32,6 +32,7 @@ from dmdtrain.export import (
     write_pipeline,
 )
 from dmdtrain.models.decode import StreamDecoder, decode_latents
+from dmdtrain.strict_yaml import NO_TEXT, is_text
 from dmdtrain.train import setup
 from dmdtrain.train.checkpoint import check_checkpoint, config_of, has_file, read_json
 from dmdtrain.train.log import Live
@@ -161,10 +162,12 @@ def generate(
     if out.suffix != ".mp4":
         raise ConfigError(f"--out: {out}: the name must end in .mp4")
     check_writable(out.parent, "--out", out.name)
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"--out: {out} exists; choose another name")
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
+    if not is_text(prompt):
+        raise ConfigError(f"the prompt holds {NO_TEXT}")
     run = setup.load_run(ckpt)
     shape = _shape(run, frames)
     renderer = _renderer(run, ckpt, _pick_weights(ckpt, weights), [prompt], console)
@@ -227,7 +230,7 @@ def export_lora(*, ckpt: Path, out: Path, file_format: str, weights: str, consol
     check_writable(out.parent, "--out", out.name)
     scheduler_folder = out.with_name(f"{out.stem}_scheduler")
     for path in (out, scheduler_folder):
-        if path.exists():
+        if os.path.lexists(path):
             raise ConfigError(f"--out: {path} exists; choose another name")
     values = setup.student_weights(ckpt, _pick_weights(ckpt, weights))
     _check_adapter(ckpt, values, student.rank)
@@ -268,7 +271,7 @@ def export_pipeline(*, ckpt: Path, out: Path, weights: str, precision: str | Non
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"--precision: {precision}: valid are fp32, bf16")
     check_writable(out.parent, "--out", out.name)
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"--out: {out} exists; choose another name")
     student = run.config.student
     facts = run.sampling() | run.video_size | {"fps": run.fps}

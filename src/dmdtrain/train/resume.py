@@ -111,7 +111,7 @@ def _inside(output: Path, config: Config) -> set[str]:
 def check_output(config: Config, resume: str) -> None:
     """ConfigError unless output_dir is free or this run's own, and `resume`, where it is a folder, a checkpoint of it or, for an
     output_dir that is free, of a run that this one may branch off from."""
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     try:
         owned = _check_place(output, config)
     except OSError as error:
@@ -156,7 +156,7 @@ def pick_checkpoint(config: Config, resume: str) -> tuple[Path | None, dict[Path
     """
     if resume not in ("auto", "never"):
         return Path(resume), {}
-    found, damaged = checkpoints.newest_good(Path(config.output_dir))
+    found, damaged = checkpoints.newest_good(Path(config.output_dir).expanduser())
     if found is None and damaged:
         folder, what = next(iter(damaged.items()))
         raise ConfigError(

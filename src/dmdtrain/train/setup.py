@@ -97,7 +97,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
+        return Path(self.config.output_dir).expanduser()
 
     @cached_property
     def weights(self) -> dict[str, str]:
