@@ -44,7 +44,7 @@ from dmdtrain.train.plan import CONTEXT_GIB, GIB, PUBLISHED, UMT5_XXL, make_plan
 from dmdtrain.train.step import Distiller, Stats
 from dmdtrain.train.underway import Underway
 
-SIZES = {"1.3b": PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "14b": PUBLISHED["Wan-AI/Wan2.1-T2V-14B-Diffusers"]}
+SIZES = {size.lower(): PUBLISHED[f"Wan-AI/Wan2.1-T2V-{size}-Diffusers"].transformer for size in ("1.3B", "14B")}
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 4, "text_dim": 64}
 SIZES["tiny"] = SIZES["1.3b"] | SMALL
 WARMUP_STEPS = 2

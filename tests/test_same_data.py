@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,19 +68,20 @@ def clips(tmp_path) -> Path:
 
 
 @pytest.fixture
-def without_models(monkeypatch) -> Callable[[], pytest.MonkeyPatch]:
-    """From then on, loading a model fails."""
+def without_models() -> Iterator[Callable[[], pytest.MonkeyPatch]]:
+    """From then on, until it is undone, loading a model fails."""
+    patch = pytest.MonkeyPatch()
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
     def closed() -> pytest.MonkeyPatch:
-        patch = pytest.MonkeyPatch()
         for name in ("train.setup.load_transformer", "models.encode.load_text_encoder", "train.prepare_videos.codec"):
             patch.setattr(f"dmdtrain.{name}", refuse)
         return patch
 
-    return closed
+    yield closed
+    patch.undo()
 
 
 def write_prompts(*lines: str) -> Callable[[Path], object]:
@@ -106,7 +107,8 @@ def add_clip(folder: Path) -> None:
 
 
 def remove_clip(folder: Path) -> None:
-    (folder / "clips" / "1.mp4").unlink()
+    for suffix in ("mp4", "txt"):
+        (folder / "clips" / f"1.{suffix}").unlink()
 
 
 def told(now: int, before: int, added: int, removed: int) -> str:
