@@ -154,9 +154,8 @@ def x0_figures(stats: Stats, n: int) -> Stats:
     values = n * average.numel()
     stats["x0_std"] = ((square - stats["x0_mean"].square()) * values / (values - 1)).clamp(min=0).sqrt()
     if n > 1:
-        within = (square - average.square().mean()).clamp(
-            min=0
-        )  # mean square of what sets a video apart from the average
+        # Mean square of what sets a video apart from the average.
+        within = (square - average.square().mean()).clamp(min=0)
         stats["x0_diversity"] = (2 * n / (n - 1) * within).sqrt()
     return stats
 

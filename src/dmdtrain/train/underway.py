@@ -153,9 +153,9 @@ def load_underway(
             raise ConfigError(f"checkpoint: {folder}: {UNDERWAY}.safetensors lacks {prefix}*")
     numbers = tuple(prefix for prefix in needed if prefix != "gradient.")
     wanted = {name: torch.zeros(()) for name in values if name.startswith(numbers)}
-    average = values.get("total.x0_average")  # [C, T, H, W], of the drawn length
-    if "total.x0_average" in wanted and average is not None and average.ndim == 4:
-        wanted["total.x0_average"] = average.float()
+    average = "total.x0_average"
+    if average in wanted and values[average].ndim == 4:  # [C, T, H, W], of the drawn length
+        wanted[average] = values[average].float()
     if rows:
         wanted |= {f"gradient.{k}": p for k, p in named.items() if f"gradient.{k}" in values}
     if videos is not None:
